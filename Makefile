@@ -1,0 +1,47 @@
+# One verb each; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install lock format lint types contracts check test test-fast e2e demo clean bench
+
+help: ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv and install FLOps with its locked dependencies
+
+$(STAMP): requirements/uv.txt requirements/lock.txt pyproject.toml
+	@scripts/install $(PYTHON) $(VENV)
+	@touch $(STAMP)
+
+lock: ## resolve the dependencies anew into requirements/
+	scripts/lock $(BIN)
+
+format: install ## format the code
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: install ## format check and lint
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: install ## type check
+	$(BIN)/mypy
+
+contracts: install ## import contracts
+	$(BIN)/lint-imports
+
+check: lint types contracts ## everything that runs no code
+
+test: install ## all checks and all tests
+	scripts/test $(BIN)
+
+test-fast: install ## unit, contract and property tests only
+	$(BIN)/pytest tests/unit tests/contract tests/property tests/architecture
+
+demo: install ## run the main job on real data, from two fresh nodes to a served model
+	$(BIN)/python scripts/demo.py
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo

@@ -1,0 +1,128 @@
+"""What every service process shares: reading its context, telling events, ending with a clear failure.
+
+A service is started as ``python -m <module> <work_dir>/context.json``. It tells events by appending JSON
+lines to ``<work_dir>/events.jsonl``; its node sends them on, in order, also those written while the node's
+daemon was away. The events are described in `flops.wire.actor_events`.
+
+This module is part of the actor kit: it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flops.errors import ErrorCode, FlopsError
+
+EVENTS_FILE = "events.jsonl"
+CONTEXT_FILE = "context.json"
+
+
+@dataclass(frozen=True)
+class ActorContext:
+    """Where a service runs, written by its node next to its configuration.
+
+    Args:
+        service_id: the service's own id.
+        project_id: the project or mock-data id it belongs to.
+        node_name: name of its node.
+        work_dir: the folder the service may write to; kept over restarts of the service.
+        host: address to listen on and to be reached at.
+        blobs_url: base URL of the cluster's blobs: GET and PUT ``<blobs_url>/<sha256>``.
+        repo_dir: unpacked bundle (ML repository or model folder), "" when the spec names none.
+        kit_dir: folder to put on PYTHONPATH for processes of the project's environments.
+        project_python: interpreter of the project's environment, "" when the spec names none.
+        model_python: interpreter of the environment that saves and serves models, "" likewise.
+        data_address: ``host:port`` of the node's ML data server, "" when the node has none.
+        data_token: token for it with the rights this service needs, and no more.
+        config: the kind's configuration, one of the models of `flops.wire.services`, as JSON.
+    """
+
+    service_id: str
+    project_id: str
+    node_name: str
+    work_dir: str
+    host: str = "127.0.0.1"
+    blobs_url: str = ""
+    repo_dir: str = ""
+    kit_dir: str = ""
+    project_python: str = ""
+    model_python: str = ""
+    data_address: str = ""
+    data_token: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> Path:
+        """Write the context into its work folder, readable by the owner only; returns the file's path."""
+        path = Path(self.work_dir) / CONTEXT_FILE
+        temporary = path.with_suffix(".tmp")
+        temporary.touch(mode=0o600)
+        temporary.write_text(json.dumps(asdict(self)))
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> ActorContext:
+        """Read a context written by `save`."""
+        raw = json.loads(path.read_text())
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        return cls(**known)
+
+
+class EventLog:
+    """Appends events to the service's log; every line is whole, also when several threads write."""
+
+    def __init__(self, work_dir: Path) -> None:
+        self._path = work_dir / EVENTS_FILE
+        self._lock = threading.Lock()
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Append one event; when this returns, a kill of the process cannot lose it."""
+        line = json.dumps({"kind": kind, "time_s": time.time(), **fields}) + "\n"  # noqa: TID251 (stdlib only)
+        with self._lock:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+
+
+def run_actor(main: Callable[[ActorContext, EventLog], None], argv: list[str] | None = None) -> int:
+    """Run a service's main function; a failure becomes one ``failed`` event and a non-zero exit code.
+
+    Args:
+        main: the service; it returns when its work is done.
+        argv: command line, ``sys.argv`` when None; its second item is the context file.
+
+    Returns:
+        The exit code: 0, or the catalogue's exit code of the failure.
+    """
+    arguments = sys.argv if argv is None else argv
+    context = ActorContext.load(Path(arguments[1]))
+    events = EventLog(Path(context.work_dir))
+    try:
+        main(context, events)
+    except FlopsError as exc:
+        events.tell("failed", error=exc.to_dict())
+        sys.stderr.write(f"{exc}\nHint: {exc.hint}\n{exc.details.get('traceback', '')}\n")
+        return exc.spec.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as exc:  # noqa: BLE001 (the last line of defence: whatever it is, the user is told)
+        error = FlopsError(
+            ErrorCode.INTERNAL,
+            f"{context.service_id} on {context.node_name} ended by {type(exc).__name__}: {exc}",
+            details={"traceback": traceback.format_exc()},
+        )
+        events.tell("failed", error=error.to_dict())
+        sys.stderr.write(f"{error}\n{traceback.format_exc()}\n")
+        return error.spec.exit_code
+    return 0

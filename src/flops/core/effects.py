@@ -1,0 +1,37 @@
+"""What the lifecycle wants done. Effects are stored with the state that caused them, and run after it.
+
+Running an effect twice must be the same as running it once: the key says which effect it is.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from flops.core.ids import ProjectId
+from flops.core.model import Value
+
+
+class EffectKind(StrEnum):
+    """Everything the manager does to the outside world for a project."""
+
+    RESOLVE_REPOSITORY = "resolve_repository"
+    DECIDE_PLACEMENT = "decide_placement"
+    START_BUILDER = "start_builder"
+    START_AGGREGATOR = "start_aggregator"
+    START_LEARNERS = "start_learners"
+    BUILD_INFERENCE = "build_inference"
+    START_INFERENCE = "start_inference"
+    STOP_SERVICES = "stop_services"  # payload: service ids
+    DELETE_PROJECT = "delete_project"
+
+
+class Effect(Value):
+    """One thing to do for a project; `key` is unique over all projects and times."""
+
+    key: str
+    project_id: ProjectId
+    kind: EffectKind
+    payload: dict[str, Any] = Field(default_factory=dict)

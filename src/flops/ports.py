@@ -1,0 +1,324 @@
+"""What the processes need from the outside world, as protocols. Adapters implement them; wiring joins them.
+
+Every port has a contract suite in `flops.testing.contracts`, and every adapter passes it. Failure is raised,
+never returned: all methods raise `FlopsError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from flops.core.cluster import ClusterEvent, DataTag, Node, Service, ServiceSpec, ServiceStatus, ServiceUsage
+from flops.core.effects import Effect
+from flops.core.ids import Digest, EnvironmentKey, ProjectId, ServiceId
+from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository, Round, TrainedModel
+
+
+class Clock(Protocol):
+    """Time. Tests pass one that they move by hand."""
+
+    def now_s(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+
+class ProjectStore(Protocol):
+    """Projects, their history and their pending effects. Stores save and load; they never decide."""
+
+    def add(self, project: Project, events: Sequence[ProjectEvent], effects: Sequence[Effect]) -> None:
+        """Store a new project with its first history and effects, all or nothing.
+
+        Raises:
+            FlopsError: ``conflict`` when the id exists.
+        """
+        ...
+
+    def save(
+        self,
+        project: Project,
+        events: Sequence[ProjectEvent],
+        effects: Sequence[Effect],
+        *,
+        cursor: int | None = None,
+    ) -> None:
+        """Store a changed project, append history and effects, and move the cluster cursor: one transaction.
+
+        Effects whose key is already stored (pending or done) are not added again.
+
+        Raises:
+            FlopsError: ``conflict`` unless the stored version is ``project.version - 1``.
+        """
+        ...
+
+    def get(self, project_id: ProjectId) -> Project:
+        """Load a project.
+
+        Raises:
+            FlopsError: ``project_not_found``.
+        """
+        ...
+
+    def all(self) -> list[Project]:
+        """All projects, newest first."""
+        ...
+
+    def delete(self, project_id: ProjectId) -> None:
+        """Remove a project with its history and effects; nothing happens when it does not exist."""
+        ...
+
+    def history(self, project_id: ProjectId, *, after: int = 0) -> list[ProjectEvent]:
+        """The project's events with a `seq` above `after`, in order."""
+        ...
+
+    def pending_effects(self) -> list[Effect]:
+        """Effects that are not done, oldest first."""
+        ...
+
+    def finish_effect(self, key: str) -> None:
+        """Mark an effect as done; doing it twice changes nothing."""
+        ...
+
+    def cursor(self) -> int:
+        """`seq` of the last cluster event that has been taken in."""
+        ...
+
+    def move_cursor(self, seq: int) -> None:
+        """Set the cursor without touching a project."""
+        ...
+
+    def put_environment(self, environment: Environment) -> None:
+        """Remember a locked environment under its key; a later one replaces it."""
+        ...
+
+    def find_environment(self, key: EnvironmentKey) -> Environment | None:
+        """The locked environment with this key, if one is known."""
+        ...
+
+    def put_mock_data(self, mock_data: MockData) -> None:
+        """Store a mock data provider's record, replacing an earlier one."""
+        ...
+
+    def list_mock_data(self) -> list[MockData]:
+        """All mock data records, newest first."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything but the cursor."""
+        ...
+
+
+class ClusterStore(Protocol):
+    """What a cluster orchestrator must not forget: nodes, services, and its ordered log of events."""
+
+    def put_node(self, node: Node) -> None:
+        """Store a node, replacing an earlier record of the same id."""
+        ...
+
+    def nodes(self) -> list[Node]:
+        """All nodes that have ever joined and were not removed, in the order they joined."""
+        ...
+
+    def remove_node(self, node_id: str) -> None:
+        """Forget a node; nothing happens when it is unknown."""
+        ...
+
+    def put_service(self, service: Service) -> None:
+        """Store a service, replacing an earlier record of the same id."""
+        ...
+
+    def services(self) -> list[Service]:
+        """All services that were not removed, oldest first."""
+        ...
+
+    def remove_service(self, service_id: ServiceId) -> None:
+        """Forget a service; nothing happens when it is unknown."""
+        ...
+
+    def append_event(self, event: ClusterEvent, *, dedup_key: str | None = None) -> ClusterEvent | None:
+        """Append an event and return it with its `seq`; None when `dedup_key` was appended before."""
+        ...
+
+    def events(self, *, after: int = 0, limit: int = 1000) -> list[ClusterEvent]:
+        """Events with a `seq` above `after`, in order."""
+        ...
+
+
+class Orchestrator(Protocol):
+    """Nodes and services of a cluster. All commands are idempotent."""
+
+    def nodes(self) -> list[Node]:
+        """All nodes of the cluster, connected or not."""
+        ...
+
+    def services(self, project_id: str | None = None) -> list[Service]:
+        """All services, or those of one project."""
+        ...
+
+    def start_service(self, spec: ServiceSpec) -> None:
+        """Have a node run a service. The same id again changes nothing; a node that is away gets it later.
+
+        Raises:
+            FlopsError: ``node_not_found``.
+        """
+        ...
+
+    def stop_service(self, service_id: ServiceId) -> None:
+        """Have a service ended, with all its children. An unknown or ended service is no error."""
+        ...
+
+    def remove_service(self, service_id: ServiceId) -> None:
+        """Stop a service and have its files removed from its node. An unknown service is no error."""
+        ...
+
+    def service_logs(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
+        """The end of a service's output.
+
+        Raises:
+            FlopsError: ``service_not_found``, ``node_lost``, ``timeout``.
+        """
+        ...
+
+    def events(self, *, after: int) -> list[ClusterEvent]:
+        """Events with a `seq` above `after`, in order."""
+        ...
+
+    def on_event(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, from any thread, whenever there are new events."""
+        ...
+
+
+class Blobs(Protocol):
+    """Immutable bytes by their SHA-256: code bundles, lock files, models."""
+
+    def put(self, data: bytes) -> Digest:
+        """Store bytes durably; the same bytes again change nothing."""
+        ...
+
+    def get(self, digest: Digest) -> bytes:
+        """Load bytes.
+
+        Raises:
+            FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
+        """
+        ...
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the bytes are stored."""
+        ...
+
+
+class MLRepos(Protocol):
+    """Git repositories with training code."""
+
+    def resolve(self, url: str, ref: str | None, flavor: str) -> Repository:
+        """Pin a reference to a commit, check the repository contract, and store the tree as a bundle.
+
+        Raises:
+            FlopsError: ``repo_unreachable``, ``repo_ref_not_found``, ``repo_contract_broken``,
+                ``dependencies_invalid``.
+        """
+        ...
+
+
+class Environments(Protocol):
+    """Locked virtual environments on this machine, by the digest of their lock."""
+
+    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
+        """Resolve a repository's dependency file; returns both locks' text, and the environment.
+
+        Args:
+            repo: folder of the unpacked repository.
+            flavor: the MLflow flavor whose libraries are needed to save the model.
+            report: is told each step, in one sentence.
+
+        Raises:
+            FlopsError: ``dependencies_invalid``, ``dependencies_unresolvable``.
+        """
+        ...
+
+    def materialise(self, lock: str, report: Callable[[str], None]) -> Path:
+        """Build the environment of a lock unless it exists; returns its Python interpreter.
+
+        Raises:
+            FlopsError: ``environment_build_failed``, ``disk_full``.
+        """
+        ...
+
+
+class Runtime(Protocol):
+    """Processes of services on this machine. They outlive the process that started them."""
+
+    def start(
+        self,
+        service_id: ServiceId,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        work_dir: Path,
+        spec: ServiceSpec,
+    ) -> None:
+        """Start a service's process with the limits of its spec; an already running one is left alone."""
+        ...
+
+    def status(self, service_id: ServiceId) -> ServiceStatus | None:
+        """The service's state, also after a restart of the caller; None when it was never started."""
+        ...
+
+    def stop(self, service_id: ServiceId, *, grace_s: float = 5.0) -> None:
+        """End the service with all its children: first politely, after `grace_s` for good."""
+        ...
+
+    def remove(self, service_id: ServiceId) -> None:
+        """Stop the service and forget it."""
+        ...
+
+    def usage(self, service_id: ServiceId) -> ServiceUsage:
+        """What the service uses now; zeros when it is not running."""
+        ...
+
+    def limits(self) -> tuple[tuple[str, ...], str]:
+        """Which limits can be enforced here ("memory", "cpu", "pids"), and why not all of them."""
+        ...
+
+
+class Tracker(Protocol):
+    """The record of experiments. Calls may be repeated: the record has no gap and no duplicate."""
+
+    def open_run(
+        self, project_id: ProjectId, params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> tuple[str, str]:
+        """Find or create the project's experiment and its training run; returns their ids."""
+        ...
+
+    def log_round(self, run_id: str, record: Round) -> None:
+        """Record a round's metrics with the round as step."""
+        ...
+
+    def log_model(self, run_id: str, folder: Path, best: Round, model_name: str) -> TrainedModel:
+        """Record an MLflow model folder with the best round's numbers, and register it."""
+        ...
+
+    def close_run(self, run_id: str, *, is_success: bool) -> None:
+        """End the run."""
+        ...
+
+    def url_of(self, experiment_id: str, run_id: str) -> str:
+        """Where people see the run."""
+        ...
+
+    def delete(self, project_id: ProjectId) -> None:
+        """Remove the project's experiment; an unknown one is no error."""
+        ...
+
+
+class DataCatalog(Protocol):
+    """What the ML data server of this node holds; never the data itself."""
+
+    def tags(self) -> list[DataTag]:
+        """Every tag with its rows, bytes, columns and last write.
+
+        Raises:
+            FlopsError: ``unreachable`` when the data server does not answer.
+        """
+        ...

@@ -1,0 +1,85 @@
+"""Settings of each process, read once from the environment. Nothing else reads the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flops.errors import ErrorCode, FlopsError
+
+
+class Settings(BaseModel):
+    """Base: each field is read from ``FLOPS_<FIELD>``; keyword arguments win over the environment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Self:
+        """Read the settings.
+
+        Args:
+            environ: environment to read, the process's own when None.
+            given: values that win over the environment; None stands for "not given".
+
+        Raises:
+            FlopsError: ``config_invalid``, naming the variable and its value.
+        """
+        source = os.environ if environ is None else environ
+        values: dict[str, Any] = {
+            name: source[f"FLOPS_{name.upper()}"]
+            for name in cls.model_fields
+            if f"FLOPS_{name.upper()}" in source
+        }
+        values.update({name: value for name, value in given.items() if value is not None})
+        try:
+            return cls(**values)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]
+            name = "_".join(str(part) for part in first["loc"])
+            raise FlopsError(
+                ErrorCode.CONFIG_INVALID, f"FLOPS_{name.upper()} is {first['input']!r}: {first['msg']}."
+            ) from exc
+
+
+def default_home() -> Path:
+    """``~/.local/share/flops``, or what the platform uses instead."""
+    return Path(platformdirs.user_data_dir("flops"))
+
+
+class ControlSettings(Settings):
+    """The control plane: manager, cluster orchestrator and MLflow server."""
+
+    home: Path = Field(default_factory=default_home, description="folder of all state; FLOPS_HOME")
+    host: str = Field("127.0.0.1", description="address the manager and MLflow listen on")
+    manager_port: int = Field(5072, ge=0, le=65_535, description="port of the REST API")
+    cluster_host: str = Field("127.0.0.1", description="address that NodeEngines dial")
+    cluster_port: int = Field(10_100, ge=0, le=65_535, description="port that NodeEngines dial")
+    tracking_port: int = Field(7027, ge=0, le=65_535, description="port of the MLflow server and its GUI")
+    inference_port: int = Field(8080, ge=1, le=65_535, description="first port tried by inference services")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    @property
+    def control_dir(self) -> Path:
+        """State of the control plane."""
+        return self.home / "control"
+
+
+class NodeSettings(Settings):
+    """A NodeEngine. What an operator configures for good stands in conf.json; this is the rest."""
+
+    home: Path = Field(default_factory=default_home, description="folder of all state; FLOPS_HOME")
+    node_home: Path | None = Field(None, description="what --home names: state and conf.json of one node")
+    data_port: int = Field(
+        11_027, ge=0, le=65_535, description="port of the ML data server; a free one if taken"
+    )
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+
+def inherited_environment() -> dict[str, str]:
+    """The environment child processes start from: this process's own."""
+    return dict(os.environ)

@@ -1,0 +1,159 @@
+"""Bodies of the manager's REST API. Projects, nodes and events cross it as their core types.
+
+| method, path | body | answer |
+|---|---|---|
+| GET / | | `Message` ("ok") |
+| GET /api/flops/status | | `ControlStatus` |
+| POST /api/flops/projects | project SLA | `ProjectCreated` |
+| GET /api/flops/projects | | `ProjectList` |
+| GET /api/flops/projects/{id} | | `Project` |
+| GET /api/flops/projects/{id}/events?after=N&follow=true | | server-sent events, each a `ProjectEvent` |
+| GET /api/flops/projects/{id}/logs?service=ID&tail_bytes=N | | `ProjectLogs` |
+| POST /api/flops/projects/{id}/stop | | `Message` |
+| DELETE /api/flops/projects/{id} | | `Message` |
+| POST /api/flops/mocks | mock-data SLA, optional `dataset_blob` beside its keys | `MockDataCreated` |
+| GET /api/flops/mocks | | `MockDataList` |
+| GET /api/flops/nodes | | `NodeList` |
+| GET /api/flops/services | | `ServiceList` |
+| GET /api/flops/models | | `ModelList` |
+| GET /api/flops/tracking | `{"customerID"}` as body or query, optional | `TrackingServer` |
+| DELETE /api/flops/database | | `Message` |
+| DELETE /api/flops/registry | | `Message` |
+| POST /api/flops/blobs | bytes | `BlobStored` |
+
+Every path is also served with a trailing slash. Errors have one shape, `ErrorBody`. All but ``GET /`` need
+``Authorization: Bearer <admin token>``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from flops.core.cluster import Node, Service
+from flops.core.model import Value
+from flops.core.project import MockData, Project
+
+
+class Message(Value):
+    """An answer that needs no more than a sentence."""
+
+    message: str
+
+
+class ErrorBody(Value):
+    """Every failure: `FlopsError.to_dict()` and the id under which the log has more.
+
+    `message` stands where clients of the ancestor look for it.
+    """
+
+    code: str
+    message: str
+    hint: str = ""
+    details: dict[str, Any] = Field(default_factory=dict)
+    request_id: str = ""
+
+
+class ControlStatus(Value):
+    """State of the control plane."""
+
+    version: str
+    manager_url: str
+    cluster_address: str  # what to give to `NodeEngine -a`, as host:port
+    tracking_url: str
+    is_tracking_ready: bool
+    tracking_detail: str = ""
+    home: str
+    started_at_s: float
+    nodes_connected: int
+    nodes_total: int
+    projects_active: int
+    projects_total: int
+
+
+class ProjectCreated(Value):
+    """A project was accepted."""
+
+    message: str = "New FLOps project started successfully"
+    project_id: str
+
+
+class ProjectList(Value):
+    """All projects, newest first."""
+
+    projects: tuple[Project, ...]
+
+
+class ServiceLog(Value):
+    """The end of one service's output."""
+
+    service_id: str
+    kind: str
+    node: str
+    state: str
+    text: str
+
+
+class ProjectLogs(Value):
+    """Outputs of a project's services."""
+
+    services: tuple[ServiceLog, ...]
+
+
+class MockDataCreated(Value):
+    """A mock data provider was accepted."""
+
+    message: str = "New Mock-Data-Provider started successfully"
+    mock_data_id: str
+
+
+class MockDataList(Value):
+    """All mock data providers, newest first."""
+
+    mock_data: tuple[MockData, ...]
+
+
+class NodeList(Value):
+    """All nodes of the cluster."""
+
+    nodes: tuple[Node, ...]
+
+
+class ServiceList(Value):
+    """All services of the cluster."""
+
+    services: tuple[Service, ...]
+
+
+class Model(Value):
+    """A trained model of a project, and where it is served."""
+
+    project_id: str
+    name: str
+    version: str
+    round: int
+    accuracy: float | None = None
+    loss: float | None = None
+    run_id: str
+    model_uri: str
+    tracking_url: str = ""
+    inference_url: str = ""
+
+
+class ModelList(Value):
+    """Trained models, newest first."""
+
+    models: tuple[Model, ...]
+
+
+class TrackingServer(Value):
+    """Where the MLflow server is."""
+
+    tracking_server_url: str
+
+
+class BlobStored(Value):
+    """Bytes were stored."""
+
+    digest: str

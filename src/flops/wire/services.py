@@ -1,0 +1,66 @@
+"""Configuration of each kind of service, made by the manager and read by the service's process."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from flops.core.model import Value
+from flops.core.sla import EarlyStopping, MockDataConfiguration, Strategy, TargetMetric
+
+
+class BuilderConfig(Value):
+    """Lock the environment of the bundle's repository."""
+
+    flavor: str
+    environment_key: str
+
+
+class AggregatorConfig(Value):
+    """Train: rounds, strategy, and where to track."""
+
+    project_id: str
+    customer_id: str
+    flavor: str
+    rounds: int
+    min_available_clients: int
+    min_fit_clients: int
+    min_evaluate_clients: int
+    strategy: Strategy = Strategy()
+    round_timeout_s: float = 3600.0
+    target_metric: TargetMetric | None = None
+    early_stopping: EarlyStopping | None = None
+    seed: int | None = None
+    learner_token: str  # learners show it when they connect
+    tracking_uri: str  # MLflow server
+    model_name: str  # in the model registry
+    tags: dict[str, str] = Field(default_factory=dict)  # of the run: repository, commit, data tags
+
+
+class LearnerConfig(Value):
+    """Learn: which aggregator, which data, which part of it."""
+
+    project_id: str
+    aggregator: str  # "host:port"
+    learner_token: str
+    data_tags: tuple[str, ...]
+    part: int = 0  # this learner's part of the node's data, 0 <= part < parts
+    parts: int = 1
+    seed: int | None = None
+
+
+class InferenceConfig(Value):
+    """Serve the bundle's model."""
+
+    project_id: str
+    model_name: str
+    model_version: str
+    port: int = 8080  # the first one tried; any free port when it is taken
+
+
+class MockProviderConfig(Value):
+    """Push some partitions of a dataset to this node's own ML data server, as devices would."""
+
+    mock_data_id: str
+    configuration: MockDataConfiguration
+    partitions: tuple[int, ...]  # which of `number_of_partitions` this provider pushes
+    dataset_blob: str | None = None  # a local file of the user, sent along as a blob
