@@ -6,7 +6,7 @@ never returned: all methods raise `FlopsError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -136,12 +136,27 @@ class ClusterStore(Protocol):
         """Forget a service; nothing happens when it is unknown."""
         ...
 
-    def append_event(self, event: ClusterEvent, *, dedup_key: str | None = None) -> ClusterEvent | None:
-        """Append an event and return it with its `seq`; None when `dedup_key` was appended before."""
+    def append_event(
+        self,
+        event: ClusterEvent,
+        *,
+        dedup_key: str | None = None,
+        service: Service | None = None,
+        node: Node | None = None,
+    ) -> ClusterEvent | None:
+        """Append an event and return it with its `seq`; None when `dedup_key` was appended before.
+
+        `service` and `node` are what the event changed: stored in the same transaction, and like the event
+        not at all when `dedup_key` was appended before. `seq` grows strictly, also over restarts.
+        """
         ...
 
     def events(self, *, after: int = 0, limit: int = 1000) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""
+        ...
+
+    def last_lines(self) -> dict[str, int]:
+        """Per service, the highest `line` among its ``actor`` events."""
         ...
 
 
@@ -206,6 +221,54 @@ class Blobs(Protocol):
 
     def has(self, digest: Digest) -> bool:
         """Whether the bytes are stored."""
+        ...
+
+
+class BlobUpload(Protocol):
+    """Bytes that arrive piece by piece; nothing of them is visible before `commit`."""
+
+    def write(self, chunk: bytes) -> None:
+        """Take in the next bytes.
+
+        Raises:
+            FlopsError: ``disk_full``.
+        """
+        ...
+
+    def commit(self, expected: Digest) -> None:
+        """Store the bytes durably; on failure nothing is stored.
+
+        Raises:
+            FlopsError: ``upload_incomplete`` when their digest is another one; ``disk_full``.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget the bytes; nothing happens after `commit`."""
+        ...
+
+
+class BlobStreams(Blobs, Protocol):
+    """Blobs that are served to others, and too large to be held in memory."""
+
+    def upload(self) -> BlobUpload:
+        """Begin an upload."""
+        ...
+
+    def size(self, digest: Digest) -> int:
+        """Size in bytes.
+
+        Raises:
+            FlopsError: ``not_found``.
+        """
+        ...
+
+    def chunks(self, digest: Digest) -> Iterator[bytes]:
+        """The bytes, piece by piece, verified before the first piece is given.
+
+        Raises:
+            FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
+        """
         ...
 
 

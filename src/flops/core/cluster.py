@@ -189,4 +189,5 @@ class ClusterEvent(Value):
     project_id: str = ""
     service_id: str = ""
     node_id: str = ""
+    line: int = 0  # ``actor``: line of the service's event log, from 1
     payload: dict[str, Any] = Field(default_factory=dict)

@@ -48,7 +48,11 @@ class ServiceChanged(Value):
 
 
 class ActorEventReport(Value):
-    """Node: line `line` (from 1) of a service's event log. Sent again until acknowledged."""
+    """Node: line `line` (from 1) of a service's event log. Sent again until acknowledged.
+
+    Lines come in order without a gap; one beyond a gap is answered by `Acknowledged` with the last line that
+    is stored, and is to be sent again after the missing ones.
+    """
 
     type: Literal["actor_event"] = "actor_event"
     service_id: str
@@ -72,7 +76,11 @@ class Goodbye(Value):
 
 
 class Welcome(Value):
-    """Cluster: accepted. `services` are those this node should have; any other it runs is to be removed.
+    """Cluster: accepted. `services` are those this node should have; any other it has is to be removed.
+
+    A service in `services` and not in `stopping` should run: the node starts it unless it runs. One that is
+    in `stopping` must not run: it was asked to stop, or has ended. The node ends it if it runs, never starts
+    it, and keeps its files (its output, its event log) until it is no longer listed.
 
     `acknowledged` is, per service, the last line of its event log that the cluster has stored.
     """
@@ -80,7 +88,7 @@ class Welcome(Value):
     type: Literal["welcome"] = "welcome"
     cluster: str
     services: tuple[ServiceSpec, ...] = ()
-    stopping: tuple[str, ...] = ()  # of these, the ones that should end
+    stopping: tuple[str, ...] = ()  # of these, the ones that must not run
     acknowledged: dict[str, int] = Field(default_factory=dict)
 
 
