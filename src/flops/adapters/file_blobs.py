@@ -1,0 +1,200 @@
+"""Blobs as files under their SHA-256: ``<folder>/<first two characters>/<digest>``.
+
+A blob is written to ``<folder>/incoming``, fsynced, and renamed; it is whole or it is not there. Every read
+is verified. Several threads and processes may use one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from flops.core.ids import Digest
+from flops.errors import ErrorCode, FlopsError
+
+_CHUNK_BYTES = 1_048_576
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class FileBlobs:
+    """Implements `flops.ports.BlobStreams`.
+
+    Args:
+        folder: where blobs are; it is created when it does not exist. What killed processes left unfinished
+            in it is removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._incoming = folder / "incoming"
+        with _translated(self._incoming):
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            for path in self._incoming.iterdir():
+                _remove_if_abandoned(path)
+
+    def put(self, data: bytes) -> Digest:
+        """Store bytes durably; the same bytes again change nothing, unless the stored ones are damaged."""
+        digest = Digest(hashlib.sha256(data).hexdigest())
+        upload = self.upload()
+        try:
+            upload.write(data)
+            upload.commit(digest)
+        finally:
+            upload.discard()
+        return digest
+
+    def get(self, digest: Digest) -> bytes:
+        """Load bytes.
+
+        Raises:
+            FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
+        """
+        path = self._existing(digest)
+        with _translated(path):
+            data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _damaged(path)
+        return data
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the bytes are stored."""
+        return bool(_DIGEST.fullmatch(digest)) and self._path_of(digest).is_file()
+
+    def upload(self) -> FileUpload:
+        """Begin an upload."""
+        with _translated(self._incoming):
+            descriptor, name = tempfile.mkstemp(dir=self._incoming)
+        # The lock tells other processes that this file is being written; it ends with this process.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return FileUpload(os.fdopen(descriptor, "wb"), Path(name), self._path_of)
+
+    def size(self, digest: Digest) -> int:
+        """Size in bytes.
+
+        Raises:
+            FlopsError: ``not_found``.
+        """
+        path = self._existing(digest)
+        with _translated(path):
+            return path.stat().st_size
+
+    def chunks(self, digest: Digest) -> Iterator[bytes]:
+        """The bytes in pieces of 1 MiB, verified before the first piece is given.
+
+        Raises:
+            FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
+        """
+        path = self._existing(digest)
+        with _translated(path), path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise _damaged(path)
+            file.seek(0)
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+    def _path_of(self, digest: Digest) -> Path:
+        return self._folder / digest[:2] / digest
+
+    def _existing(self, digest: Digest) -> Path:
+        if not self.has(digest):
+            raise FlopsError(ErrorCode.NOT_FOUND, f"There is no blob {digest[:80]}.")
+        return self._path_of(digest)
+
+
+class FileUpload:
+    """Implements `flops.ports.BlobUpload`; made by `FileBlobs.upload`, used by one thread at a time."""
+
+    def __init__(self, file: BinaryIO, path: Path, path_of: Callable[[Digest], Path]) -> None:
+        self._file = file
+        self._path = path
+        self._path_of = path_of
+        self._hash = hashlib.sha256()
+
+    def write(self, chunk: bytes) -> None:
+        """Take in the next bytes.
+
+        Raises:
+            FlopsError: ``disk_full``.
+        """
+        with _translated(self._path):
+            self._file.write(chunk)
+        self._hash.update(chunk)
+
+    def commit(self, expected: Digest) -> None:
+        """Store the bytes durably; on failure nothing is stored.
+
+        Raises:
+            FlopsError: ``upload_incomplete`` when their digest is another one; ``disk_full``.
+        """
+        found = self._hash.hexdigest()
+        if found != expected:
+            raise FlopsError(
+                ErrorCode.UPLOAD_INCOMPLETE, f"The bytes sent as blob {expected} have the digest {found}."
+            )
+        final = self._path_of(expected)
+        with _translated(final):
+            if _is_intact(final, expected):
+                return
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            final.parent.mkdir(exist_ok=True)
+            self._path.chmod(0o600)
+            self._path.replace(final)
+            _sync_folder(final.parent)
+            _sync_folder(final.parent.parent)
+
+    def discard(self) -> None:
+        """Forget the bytes; nothing happens after `commit`."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails on a full disk
+            self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _is_intact(path: Path, digest: Digest) -> bool:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path) -> FlopsError:
+    return FlopsError(
+        ErrorCode.INTERNAL,
+        f"The blob {path} is damaged: its bytes do not have the digest it is named by.",
+        hint="Delete the file, check the disk, and store the bytes again (submit the project anew).",
+    )
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        is_full = exc.errno in {errno.ENOSPC, errno.EDQUOT}
+        raise FlopsError(
+            ErrorCode.DISK_FULL if is_full else ErrorCode.INTERNAL,
+            f"{path} cannot be used: {exc.strerror or exc}.",
+        ) from exc

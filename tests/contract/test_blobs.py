@@ -1,0 +1,119 @@
+"""Both kinds of blobs keep the contract; files are also verified, durable and tidy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.memory_blobs import MemoryBlobs
+from flops.errors import ErrorCode, FlopsError
+from flops.ports import BlobStreams
+from flops.testing.contracts.blobs import BlobsContract, digest_of
+
+
+class TestMemoryBlobs(BlobsContract):
+    @pytest.fixture
+    def blobs(self) -> BlobStreams:
+        return MemoryBlobs()
+
+
+class TestFileBlobs(BlobsContract):
+    @pytest.fixture
+    def blobs(self, tmp_path: Path) -> BlobStreams:
+        return FileBlobs(tmp_path / "new" / "blobs")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_blobs_survive_a_restart(tmp_path: Path) -> None:
+    digest = FileBlobs(tmp_path).put(b"data")
+    assert FileBlobs(tmp_path).get(digest) == b"data"
+
+
+@pytest.mark.parametrize("damage", [b"", b"dat", b"dada"], ids=["emptied", "cut", "changed"])
+def test_damage_is_found_named_and_healed(tmp_path: Path, damage: bytes) -> None:
+    blobs = FileBlobs(tmp_path)
+    digest = blobs.put(b"data")
+    (path,) = _files(tmp_path)
+    path.write_bytes(damage)
+    for read in (blobs.get, lambda d: next(blobs.chunks(d))):
+        with pytest.raises(FlopsError) as caught:
+            read(digest)
+        assert caught.value.code is ErrorCode.INTERNAL
+        assert str(path) in caught.value.message
+    blobs.put(b"data")
+    assert blobs.get(digest) == b"data"
+
+
+def test_nothing_else_is_left_behind(tmp_path: Path) -> None:
+    blobs = FileBlobs(tmp_path)
+    blobs.put(b"data")
+    blobs.put(b"data")
+    upload = blobs.upload()
+    upload.write(b"other")
+    upload.discard()
+    assert [path.name for path in _files(tmp_path)] == [digest_of(b"data")]
+
+
+def test_a_running_upload_outlives_another_start_on_the_folder(tmp_path: Path) -> None:
+    upload = FileBlobs(tmp_path).upload()
+    upload.write(b"data")
+    other = FileBlobs(tmp_path)
+    upload.commit(digest_of(b"data"))
+    upload.discard()
+    assert other.get(digest_of(b"data")) == b"data"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from flops.adapters.file_blobs import FileBlobs\n"
+        "upload = FileBlobs(Path(sys.argv[1])).upload(); upload.write(b'x' * 100_000)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(_files(tmp_path)) == 1
+    FileBlobs(tmp_path)
+    assert _files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(FlopsError) as caught:
+        FileBlobs(blocked / "blobs")
+    assert str(blocked) in caught.value.message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    blobs = FileBlobs(tmp_path)
+    upload = blobs.upload()
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, upload._file.fileno())  # every write now fails as on a full disk
+    os.close(full)
+    with pytest.raises(FlopsError) as caught:
+        upload.write(b"x" * 10_000_000)
+    upload.discard()
+    assert caught.value.code is ErrorCode.DISK_FULL
+    assert _files(tmp_path) == []
+
+
+def test_threads_can_put_the_same_bytes(tmp_path: Path) -> None:
+    blobs = FileBlobs(tmp_path)
+    contents = [b"a" * 100_000, b"b" * 100_000]
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(blobs.put, contents * 8))
+    assert set(digests) == {digest_of(data) for data in contents}
+    assert all(blobs.get(digest_of(data)) == data for data in contents)
+    assert len(_files(tmp_path)) == 2
