@@ -30,7 +30,7 @@ Call = Callable[[Callable[[], T]], Awaitable[T]]  # runs a function in a thread
 
 
 class SocketLink:
-    """Implements `flops.orchestrator.cluster.NodeLink`; `pump` does the sending.
+    """Implements `flops.orchestrator.cluster.NodeLink`; the task `pump` does the sending, and ends with it.
 
     Args:
         websocket: an accepted connection, on the running loop.
@@ -45,6 +45,7 @@ class SocketLink:
         self._waiting: deque[str] = deque()
         self._close_reason: str | None = None
         self._changed = asyncio.Event()
+        self.pump = asyncio.create_task(self._send_all())
 
     def send(self, message: FromCluster) -> None:
         """Queue a message; nothing happens when the connection is closing."""
@@ -52,22 +53,23 @@ class SocketLink:
         with self._lock:
             if self._close_reason is not None:
                 return
-            if len(self._waiting) >= self._limit:
-                self._waiting.clear()
+            is_full = len(self._waiting) >= self._limit
+            if is_full:
                 self._close_reason = f"the node does not take its messages ({self._limit} wait)"
+                self._waiting.clear()
+                _log.warning("a connection is cut off: %s", self._close_reason)
             else:
                 self._waiting.append(text)
-        self._wake()
+        self._call_soon(self.pump.cancel if is_full else self._changed.set)
 
     def close(self, reason: str) -> None:
         """End the connection after what is queued has been sent."""
         with self._lock:
             if self._close_reason is None:
                 self._close_reason = reason
-        self._wake()
+        self._call_soon(self._changed.set)
 
-    async def pump(self) -> None:
-        """Send what is queued until the connection is closed from either side."""
+    async def _send_all(self) -> None:
         try:
             while True:
                 await self._changed.wait()
@@ -91,10 +93,10 @@ class SocketLink:
             else:
                 return False
 
-    def _wake(self) -> None:
+    def _call_soon(self, callback: Callable[[], object]) -> None:
         # The loop may be closed already while threads still talk to a node: then nobody listens any more.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._changed.set)
+            self._loop.call_soon_threadsafe(callback)
 
 
 async def serve_node(websocket: WebSocket, orchestrator: ClusterOrchestrator, call: Call[Any]) -> None:
@@ -112,13 +114,12 @@ async def serve_node(websocket: WebSocket, orchestrator: ClusterOrchestrator, ca
         return
     await websocket.accept()
     link = SocketLink(websocket)
-    pump = asyncio.create_task(link.pump())
     session: NodeSession | None = None
     try:
-        hello = await _next_message(websocket, pump, timeout_s=HELLO_TIMEOUT_S)
+        hello = await _next_message(websocket, link.pump, timeout_s=HELLO_TIMEOUT_S)
         if hello is not None:
             session = await call(functools.partial(_connect, orchestrator, hello, link))
-            await _take_messages(websocket, pump, orchestrator, session, call)
+            await _take_messages(websocket, link.pump, orchestrator, session, call)
     except FlopsError as error:
         _log.warning("the connection of a node is refused: %s", error)
         link.send(Refused(error=error.to_dict()))
@@ -132,7 +133,7 @@ async def serve_node(websocket: WebSocket, orchestrator: ClusterOrchestrator, ca
         if session is not None:
             await call(functools.partial(orchestrator.disconnect, session))
         link.close("the connection has ended")
-        await pump
+        await asyncio.wait({link.pump})
 
 
 async def _take_messages(
