@@ -69,6 +69,19 @@ class ControlSettings(Settings):
         return self.home / "control"
 
 
+class ClientSettings(Settings):
+    """The `flops` command: which manager it talks to."""
+
+    home: Path = Field(default_factory=default_home, description="folder of all state; FLOPS_HOME")
+    url: str | None = Field(None, description="base URL of the manager; found in the home if not given")
+    token_file: Path | None = Field(None, description="file with the manager's admin token; likewise")
+
+    @property
+    def control_dir(self) -> Path:
+        """State of the control plane that runs from this home."""
+        return self.home / "control"
+
+
 class NodeSettings(Settings):
     """A NodeEngine. What an operator configures for good stands in conf.json; this is the rest."""
 
