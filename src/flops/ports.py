@@ -10,7 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from flops.core.cluster import ClusterEvent, DataTag, Node, Service, ServiceSpec, ServiceStatus, ServiceUsage
+from flops.core.cluster import (
+    ClusterEvent,
+    DataTag,
+    Node,
+    NodeFacts,
+    NodeLoad,
+    Resources,
+    Service,
+    ServiceSpec,
+    ServiceStatus,
+    ServiceUsage,
+)
 from flops.core.effects import Effect
 from flops.core.ids import Digest, EnvironmentKey, ProjectId, ServiceId
 from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository, Round, TrainedModel
@@ -319,9 +330,13 @@ class Runtime(Protocol):
         argv: Sequence[str],
         env: Mapping[str, str],
         work_dir: Path,
-        spec: ServiceSpec,
+        resources: Resources,
     ) -> None:
-        """Start a service's process with the limits of its spec; an already running one is left alone."""
+        """Start a service's process with limits; an already running one is left alone.
+
+        Raises:
+            FlopsError: ``service_failed``, ``disk_full`` or ``file_unreadable`` when it cannot be started.
+        """
         ...
 
     def status(self, service_id: ServiceId) -> ServiceStatus | None:
@@ -333,15 +348,35 @@ class Runtime(Protocol):
         ...
 
     def remove(self, service_id: ServiceId) -> None:
-        """Stop the service and forget it."""
+        """Stop the service and forget it, with its output."""
+        ...
+
+    def running(self) -> list[ServiceId]:
+        """Every service that runs now, also ones that an earlier process started."""
         ...
 
     def usage(self, service_id: ServiceId) -> ServiceUsage:
         """What the service uses now; zeros when it is not running."""
         ...
 
+    def output(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
+        """The end of the service's output, also after its end; "" when there is none."""
+        ...
+
     def limits(self) -> tuple[tuple[str, ...], str]:
         """Which limits can be enforced here ("memory", "cpu", "pids"), and why not all of them."""
+        ...
+
+
+class Host(Protocol):
+    """This machine."""
+
+    def facts(self) -> NodeFacts:
+        """What the machine is; `limits` are left to the runtime."""
+        ...
+
+    def load(self) -> NodeLoad:
+        """What it is doing right now; quick."""
         ...
 
 

@@ -1,0 +1,319 @@
+"""Services as processes of this machine, each under a shim that outlives the node's daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from flops.adapters import service_shim as shim
+from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
+from flops.core.ids import ServiceId
+from flops.durable_file import file_error, write_durably
+from flops.errors import ErrorCode, FlopsError
+
+OUTPUT_BYTES = 8 * 1024**2  # of one file; the one before it is kept too
+ID_VARIABLE = "FLOPS_SERVICE_ID"  # marks every process of a service
+FOLDER_VARIABLE = "FLOPS_RUNTIME_FOLDER"  # likewise; tells services of several nodes on one machine apart
+_START_TIMEOUT_S = 15.0
+_KILL_TIMEOUT_S = 20.0
+_POLL_S = 0.02
+_LAST_LINES_BYTES = 2_000
+
+
+class Limiter(Protocol):
+    """Enforces limits on groups of processes (control groups)."""
+
+    def create(self, name: str, resources: Resources) -> list[Path]:
+        """Make the groups that processes join to be limited; empty when nothing has to be limited."""
+        ...
+
+    def oom_file(self, group: Path) -> Path | None:
+        """The file of a group that counts kills for want of memory, if it is such a group."""
+        ...
+
+    def remove(self, groups: Sequence[Path]) -> None:
+        """Kill what is left in the groups, and remove them."""
+        ...
+
+    def limits(self) -> tuple[tuple[str, ...], str]:
+        """Which limits are enforced, and why not all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class _CpuSample:
+    at_s: float
+    cpu_s: float
+
+
+class ProcessRuntime:
+    """Implements `flops.ports.Runtime`.
+
+    Args:
+        root: folder of this runtime: what runs, and how it ended.
+        output_dir: folder of the services' output files, ``<service id>.log``.
+        limiter: enforces resources.
+        output_bytes: largest size of an output file.
+    """
+
+    def __init__(
+        self, root: Path, output_dir: Path, limiter: Limiter, *, output_bytes: int = OUTPUT_BYTES
+    ) -> None:
+        self._root = root
+        self._output_dir = output_dir
+        self._limiter = limiter
+        self._output_bytes = output_bytes
+        self._samples: dict[ServiceId, _CpuSample] = {}
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+    def start(
+        self,
+        service_id: ServiceId,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        work_dir: Path,
+        resources: Resources,
+    ) -> None:
+        """Start a service's process; an already running one is left alone.
+
+        Raises:
+            FlopsError: ``disk_full``, ``file_unreadable`` or ``service_failed`` when it cannot be started.
+        """
+        folder = self._folder(service_id)
+        if self._living_shim(folder) is not None:
+            return
+        self._sweep(service_id)
+        try:
+            self._output_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise file_error(exc, self._output_dir) from exc
+        groups = self._limiter.create(self._group_name(service_id), resources)
+        launch = {
+            "argv": list(argv),
+            "env": {**env, ID_VARIABLE: service_id, FOLDER_VARIABLE: str(folder)},
+            "cwd": str(work_dir),
+            "output": str(self._output_dir / f"{service_id}.log"),
+            "output_bytes": self._output_bytes,
+            "groups": [str(group) for group in groups],
+            "oom_files": [str(file) for group in groups if (file := self._limiter.oom_file(group))],
+        }
+        write_durably(folder / shim.LAUNCH_FILE, json.dumps(launch))
+        self._start_shim(service_id, folder)
+
+    def _start_shim(self, service_id: ServiceId, folder: Path) -> None:
+        argv = [sys.executable, "-I", "-S", "-B", shim.__file__, str(folder)]
+        starter = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder
+        )
+        try:
+            _, stderr = starter.communicate(timeout=_START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            starter.kill()
+            _, stderr = starter.communicate()
+        if starter.returncode != 0:
+            why = stderr.decode(errors="replace").strip()[-300:] or "it ended before it was ready"
+            raise FlopsError(ErrorCode.SERVICE_FAILED, f"{service_id} cannot be started: {why}.")
+
+    def status(self, service_id: ServiceId) -> ServiceStatus | None:
+        """The service's state, also after a restart of the caller; None when it was never started."""
+        folder = self._folder(service_id)
+        is_alive = self._living_shim(folder) is not None
+        # In this order: a shim writes its last file before it ends.
+        record = _read_json(folder / shim.EXIT_FILE)
+        if record is not None:
+            return _ended(service_id, record)
+        if is_alive:
+            return ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
+        identity = _read_json(folder / shim.SHIM_FILE)
+        if identity is None:
+            return None
+        self._sweep(service_id)
+        if identity.get("boot_id") != self._boot_id:
+            detail = "The machine was restarted."
+            return ServiceStatus(service_id=service_id, state=ServiceState.STOPPED, detail=detail)
+        return _failed(
+            service_id, -9, ErrorCode.SERVICE_FAILED, "was killed, together with the process that watches it"
+        )
+
+    def stop(self, service_id: ServiceId, *, grace_s: float = 5.0) -> None:
+        """End the service with all its children: first politely, after `grace_s` for good."""
+        folder = self._folder(service_id)
+        pid = self._living_shim(folder)
+        if pid is not None:
+            # Without this file, the shim waits for its usual time.
+            with contextlib.suppress(FlopsError):
+                write_durably(folder / shim.STOP_FILE, json.dumps({"grace_s": grace_s}))
+            shim.send_signal({pid}, signal.SIGTERM)
+            if not _wait(lambda: self._living_shim(folder) is None, grace_s + _KILL_TIMEOUT_S):
+                shim.send_signal({pid}, signal.SIGKILL)
+                _wait(lambda: self._living_shim(folder) is None, _KILL_TIMEOUT_S)
+        self._sweep(service_id)
+
+    def remove(self, service_id: ServiceId) -> None:
+        """Stop the service and forget it, with its output."""
+        self.stop(service_id, grace_s=0.0)
+        folder = self._folder(service_id)
+        output = self._output_path(service_id)
+        for path in (output, output.with_name(f"{output.name}.1")):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._samples.pop(service_id, None)
+
+    def running(self) -> list[ServiceId]:
+        """Every service of this runtime that runs now."""
+        if not self._root.is_dir():
+            return []
+        return [ServiceId(p.name) for p in sorted(self._root.iterdir()) if self._living_shim(p) is not None]
+
+    def usage(self, service_id: ServiceId) -> ServiceUsage:
+        """What the service uses now; zeros when it is not running."""
+        pid = self._living_shim(self._folder(service_id))
+        memory_bytes, cpu_s, count = 0, 0.0, 0
+        for child in shim.living_descendants(pid) if pid is not None else set():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(child)
+                with process.oneshot():
+                    times = process.cpu_times()
+                    memory_bytes += process.memory_info().rss
+                    cpu_s += times.user + times.system + times.children_user + times.children_system
+                    count += 1
+        now = _CpuSample(time.monotonic(), cpu_s)
+        before = self._samples.get(service_id, now)
+        self._samples[service_id] = now
+        pause_s = now.at_s - before.at_s
+        percent = max(0.0, now.cpu_s - before.cpu_s) / pause_s * 100 if pause_s > 0 else 0.0
+        return ServiceUsage(
+            memory_mb=round(memory_bytes / 1024**2, 1), cpu_percent=round(percent, 1), processes=count
+        )
+
+    def output(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
+        """The end of the service's output; "" when there is none."""
+        path = self._output_path(service_id)
+        text = b""
+        for part in (path, path.with_name(f"{path.name}.1")):
+            missing = tail_bytes - len(text)
+            if missing > 0:
+                text = _tail(part, missing) + text
+        return text.decode(errors="replace")
+
+    def limits(self) -> tuple[tuple[str, ...], str]:
+        """Which limits can be enforced here ("memory", "cpu", "pids"), and why not all of them."""
+        return self._limiter.limits()
+
+    def _folder(self, service_id: ServiceId) -> Path:
+        if not service_id or "/" in service_id or service_id.startswith("."):
+            raise FlopsError(ErrorCode.USAGE, f"{service_id!r} cannot be the id of a service.")
+        return self._root / service_id
+
+    def _group_name(self, service_id: ServiceId) -> str:
+        return f"{hashlib.sha256(str(self._root).encode()).hexdigest()[:8]}-{service_id}"
+
+    def _output_path(self, service_id: ServiceId) -> Path:
+        launch = _read_json(self._folder(service_id) / shim.LAUNCH_FILE) or {}
+        return Path(str(launch.get("output", self._output_dir / f"{service_id}.log")))
+
+    def _living_shim(self, folder: Path) -> int | None:
+        identity = _read_json(folder / shim.SHIM_FILE)
+        if identity is None or identity.get("boot_id") != self._boot_id:
+            return None
+        pid = int(identity["pid"])
+        state = shim.process_state(pid)
+        is_it = state is not None and state[0] not in "ZX" and state[2] == identity["started_ticks"]
+        return pid if is_it else None
+
+    def _sweep(self, service_id: ServiceId) -> None:
+        """Kill what a killed shim left behind: found by its control groups and by its environment."""
+        folder = self._folder(service_id)
+        launch = _read_json(folder / shim.LAUNCH_FILE)
+        if launch is None:
+            return
+        mark = f"{FOLDER_VARIABLE}={folder}".encode()
+        deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+        while (marked := _processes_marked(mark)) and time.monotonic() < deadline_s:
+            shim.send_signal(marked, signal.SIGSTOP)  # what forks faster than it is killed stands still first
+            if marked >= _processes_marked(mark):
+                shim.send_signal(marked, signal.SIGKILL)
+            time.sleep(_POLL_S)
+        self._limiter.remove([Path(group) for group in launch.get("groups", ())])
+
+
+def _ended(service_id: ServiceId, record: Mapping[str, Any]) -> ServiceStatus:
+    code = record.get("exit_code")
+    if record.get("is_stopped"):
+        return ServiceStatus(
+            service_id=service_id, state=ServiceState.STOPPED, exit_code=code, detail="It was ended."
+        )
+    if code == 0:
+        return ServiceStatus(service_id=service_id, state=ServiceState.COMPLETED, exit_code=0)
+    if record.get("oom_kills"):
+        return _failed(service_id, code, ErrorCode.OUT_OF_MEMORY, "needed more memory than it may use")
+    return _failed(
+        service_id, code, ErrorCode.SERVICE_FAILED, str(record.get("problem") or describe_exit(code))
+    )
+
+
+def _failed(service_id: ServiceId, exit_code: int | None, code: ErrorCode, why: str) -> ServiceStatus:
+    error = FlopsError(code, f"{service_id} {why}.", details={"exit_code": exit_code})
+    return ServiceStatus(
+        service_id=service_id,
+        state=ServiceState.FAILED,
+        exit_code=exit_code,
+        detail=error.message,
+        error=error.to_dict(),
+    )
+
+
+def describe_exit(code: int | None) -> str:
+    """An exit code in words."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _processes_marked(mark: bytes) -> set[int]:
+    found = set()
+    for pid in shim.all_processes():
+        with contextlib.suppress(OSError):
+            if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.add(pid)
+    return {pid for pid in found if (state := shim.process_state(pid)) and state[0] not in "ZX"}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return raw if isinstance(raw, dict) else None
+
+
+def _tail(path: Path, limit_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
+            return file.read(limit_bytes)
+    except OSError:
+        return b""
+
+
+def _wait(is_true: Callable[[], bool], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_true():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(_POLL_S)
+    return True

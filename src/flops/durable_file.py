@@ -1,0 +1,49 @@
+"""Files that are whole at any moment: written under another name, fsynced, renamed; then the folder is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from pathlib import Path
+
+from flops.errors import ErrorCode, FlopsError
+
+
+def write_durably(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Replace a file's content, all or nothing; missing folders are made, readable by the owner only.
+
+    Raises:
+        FlopsError: ``disk_full``, or ``file_unreadable`` when the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 (opens a descriptor)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise file_error(exc, path) from exc
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were made or removed in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_error(exc: OSError, path: Path) -> FlopsError:
+    """The error users see when a file cannot be read or written."""
+    if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return FlopsError(ErrorCode.DISK_FULL, f"{path} cannot be written: {exc.strerror}.")
+    return FlopsError(ErrorCode.FILE_UNREADABLE, f"{path}: {exc.strerror or exc}.")
