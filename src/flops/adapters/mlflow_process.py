@@ -1,0 +1,42 @@
+"""The MLflow server's process: ``python -m flops.adapters.mlflow_process SOCKET PIPE DATABASE ARTIFACTS``.
+
+`flops.adapters.mlflow_server` starts it, with MLflow's settings in its environment. SOCKET is an inherited
+listening socket; PIPE an inherited pipe whose other end its parent holds: when the parent is gone, however it
+went, the pipe ends, and so does this process. Why it is not ``mlflow server``: docs/adr/0003.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import uvicorn
+from mlflow.server.fastapi_app import app
+from mlflow.server.handlers import initialize_backend_stores
+
+_GRACE_S = 3
+
+
+def _end_with_parent(pipe: int) -> None:
+    os.read(pipe, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2 * _GRACE_S)
+    os._exit(1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Bring the database up to date, then serve on the inherited socket until SIGTERM or the parent's end."""
+    listener, pipe, database, artifacts = argv
+    threading.Thread(target=_end_with_parent, args=(int(pipe),), daemon=True).start()
+    initialize_backend_stores(database, database, artifacts)
+    config = uvicorn.Config(app, access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S)
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(listener))])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,314 @@
+"""The MLflow server with its GUI, as a child of the control plane that is brought back when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import psutil
+
+from flops.errors import ErrorCode, FlopsError
+
+PID_FILE = "mlflow.pid"
+LOG_FILE = "mlflow.log"
+ARTIFACT_ROOT = "mlflow-artifacts:/"  # clients send artifacts to the server, which stores them
+_LOG_BYTES = 5_000_000  # of one log file; two are kept
+_GRACE_S = 5.0
+_POLL_S = 0.05
+_RETRY_FIRST_S = 0.2
+_RETRY_MOST_S = 30.0
+_STABLE_S = 60.0  # a server that lived this long starts anew without delay
+_BACKLOG = 512
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 (compared, not bound)
+
+_logger = logging.getLogger(__name__)
+
+
+class MlflowServer:
+    """Runs the MLflow server; `flops.adapters.mlflow_process` is its code.
+
+    The listening socket belongs to this object, not to the child: the port is never lost, and who calls
+    while a new child starts waits for it instead of being refused. The child ends when this process ends. A
+    child that was left over by a killed control plane is ended before a new one starts.
+
+    Args:
+        home: folder of the database, the artifacts and the log; made when it does not exist.
+        host: address to listen on.
+        port: port to listen on; 0 for a free one, see `port`.
+        environ: environment the child starts from; MLflow's own variables in it are left out.
+    """
+
+    def __init__(self, home: Path, host: str, port: int, environ: Mapping[str, str]) -> None:
+        self._home = home.absolute()
+        self._host = host
+        self._port = port
+        self._environ = environ
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._socket: socket.socket | None = None
+        self._pipe: tuple[int, int] | None = None  # its end tells the child that this process is gone
+        self._child: subprocess.Popen[bytes] | None = None
+        self._watcher: threading.Thread | None = None
+        self.restarts = 0
+
+    @property
+    def port(self) -> int:
+        """The port listened on, once started."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """Where clients find it; an any-address is replaced by the loopback address."""
+        return f"http://{_in_url(_ANY_ADDRESS.get(self._host, self._host))}:{self._port}"
+
+    @property
+    def log_path(self) -> Path:
+        """The server's output."""
+        return self._home / LOG_FILE
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None when it does not run."""
+        child = self._child
+        return child.pid if child is not None and child.poll() is None else None
+
+    def start(self) -> None:
+        """Listen and start the child; does not wait until it is ready.
+
+        Raises:
+            FlopsError: ``port_occupied``, ``config_invalid`` (an address that is not this machine's, a port
+                that needs root), ``already_running``, ``file_unreadable``.
+        """
+        if self._socket is not None:
+            raise FlopsError(ErrorCode.ALREADY_RUNNING, f"The MLflow server runs already, at {self.url}.")
+        try:
+            (self._home / "artifacts").mkdir(parents=True, exist_ok=True)
+            end_left_over(self._home)
+        except OSError as exc:
+            raise FlopsError(
+                ErrorCode.FILE_UNREADABLE, f"The folder {self._home} of MLflow cannot be used: {exc}."
+            ) from exc
+        self._socket = _listen(self._host, self._port)
+        self._port = int(self._socket.getsockname()[1])
+        self._pipe = os.pipe()
+        self._stopping.clear()
+        self._launch()
+        self._watcher = threading.Thread(target=self._watch, name="mlflow-watch", daemon=True)
+        self._watcher.start()
+
+    def is_ready(self) -> bool:
+        """Whether it answers right now."""
+        if self._socket is None or self.pid is None:
+            return False
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Wait until it answers.
+
+        Raises:
+            FlopsError: ``tracking_failed`` with the end of its log after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if time.monotonic() > deadline or self._stopping.is_set():
+                raise FlopsError(
+                    ErrorCode.TRACKING_FAILED,
+                    f"The MLflow server at {self.url} did not become ready within {timeout_s:.0f} s.",
+                    hint=f"Its log is {self.log_path}.",
+                    details={"log": self._log_end(), "restarts": self.restarts},
+                )
+            self._stopping.wait(_POLL_S)
+
+    def stop(self) -> None:
+        """End the child with all its children and free the port; nothing happens when it does not run."""
+        with self._lock:
+            self._stopping.set()
+            child = self._child
+        if child is not None:
+            _end(child.pid)
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._pipe is not None:
+            for descriptor in self._pipe:
+                os.close(descriptor)
+            self._pipe = None
+        self._child = None
+        (self._home / PID_FILE).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        delay_s = _RETRY_FIRST_S
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            child = self._child
+            code = child.wait() if child is not None else None
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - started > _STABLE_S:
+                delay_s = _RETRY_FIRST_S
+            _logger.warning("MLflow server ended with code %s; it starts again in %.1f s", code, delay_s)
+            if self._stopping.wait(delay_s):
+                return
+            delay_s = min(2 * delay_s, _RETRY_MOST_S)
+            self.restarts += 1
+            try:
+                self._launch()
+            except OSError:
+                _logger.exception("MLflow server could not be started")
+                self._child = None
+
+    def _launch(self) -> None:
+        with self._lock:
+            if self._stopping.is_set() or self._socket is None or self._pipe is None:
+                return
+            database = f"sqlite:///{self._home / 'mlflow.db'}"
+            descriptors = (self._socket.fileno(), self._pipe[0])
+            argv = [sys.executable, "-m", "flops.adapters.mlflow_process"]
+            argv += [str(descriptors[0]), str(descriptors[1]), database, ARTIFACT_ROOT]
+            with self._log() as log:
+                self._child = subprocess.Popen(
+                    argv,
+                    cwd=self._home,
+                    env=self._child_environment(database),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=descriptors,
+                    start_new_session=True,
+                )
+            _write_pid(self._home, self._child.pid)
+
+    def _child_environment(self, database: str) -> dict[str, str]:
+        """The names with an underscore are those by which ``mlflow server`` tells its own workers."""
+        inherited = {
+            key: value
+            for key, value in self._environ.items()
+            if not key.startswith(("MLFLOW_", "_MLFLOW_", "prometheus_multiproc_dir"))
+        }
+        hosts = _names_of(self._host)
+        return inherited | {
+            "_MLFLOW_SERVER_FILE_STORE": database,
+            "_MLFLOW_SERVER_REGISTRY_STORE": database,
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": ARTIFACT_ROOT,
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self._home / "artifacts"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "_MLFLOW_SGI_NAME": "uvicorn",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join([*hosts, *(f"{h.replace('[', '[[]')}:*" for h in hosts)]),
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{h}:{self._port}" for h in hosts),
+            "MALLOC_ARENA_MAX": "2",  # fewer heaps for its worker threads: less memory
+        }
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[int]:
+        path = self.log_path
+        if path.exists() and path.stat().st_size > _LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _log_end(self) -> str:
+        try:
+            return self.log_path.read_bytes()[-2000:].decode(errors="replace")
+        except OSError:
+            return ""
+
+
+def end_left_over(home: Path) -> bool:
+    """End the server that a killed control plane left in `home`; returns whether there was one.
+
+    A process is only taken for it when it has the id and the start time that were written down.
+    """
+    path = home / PID_FILE
+    try:
+        written = json.loads(path.read_text())
+        process = psutil.Process(int(written["pid"]))
+        is_left_over = abs(process.create_time() - float(written["started_at_s"])) < 1.0
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        is_left_over = False
+    if is_left_over:
+        _end(process.pid)
+    path.unlink(missing_ok=True)
+    return is_left_over
+
+
+def _write_pid(home: Path, pid: int) -> None:
+    try:
+        started_at_s = psutil.Process(pid).create_time()
+    except psutil.Error:
+        return  # it has ended already; the watcher sees to that
+    temporary = home / f"{PID_FILE}.tmp"
+    temporary.write_text(json.dumps({"pid": pid, "started_at_s": started_at_s}))
+    temporary.replace(home / PID_FILE)
+
+
+def _end(pid: int) -> None:
+    """End a process with all its descendants: first politely, after some seconds for good."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+        root.terminate()
+    except psutil.NoSuchProcess:
+        return
+    psutil.wait_procs([root], timeout=_GRACE_S)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=_GRACE_S)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise FlopsError(
+                ErrorCode.PORT_OCCUPIED, f"Port {port} on {host} is in use; the MLflow server needs it."
+            ) from exc
+        raise FlopsError(
+            ErrorCode.CONFIG_INVALID, f"The MLflow server cannot listen on {host}:{port}: {exc.strerror}."
+        ) from exc
+    return listener
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _names_of(host: str) -> list[str]:
+    """Hosts people may open: MLflow refuses every other name, so that no foreign page can reach it by DNS."""
+    names = {"localhost", "127.0.0.1", "[::1]", _in_url(host)}
+    if host in _ANY_ADDRESS:
+        names |= {socket.gethostname(), socket.getfqdn()}
+        for addresses in psutil.net_if_addrs().values():
+            names |= {
+                _in_url(entry.address.partition("%")[0])
+                for entry in addresses
+                if entry.family in (socket.AF_INET, socket.AF_INET6)
+            }
+    return sorted(name for name in names if name not in {"", "0.0.0.0", "[::]"})  # noqa: S104 (compared)
