@@ -98,7 +98,7 @@ class ErrorSpec:
 
 CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ErrorCode.INTERNAL: ErrorSpec(
-        500, 70, "This is a defect of FLOps. Look for the request id in the log, and report it."
+        500, 100, "This is a defect of FLOps. Look for the request id in the log, and report it."
     ),
     ErrorCode.USAGE: ErrorSpec(400, 2, "See --help for the accepted arguments."),
     ErrorCode.NOT_FOUND: ErrorSpec(404, 4, "Check the address; /docs lists every endpoint."),
