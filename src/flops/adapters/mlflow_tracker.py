@@ -1,0 +1,488 @@
+"""Experiments, rounds and models in MLflow, through its REST API (docs/adr/0003-mlflow-server-process.md)."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flops.adapters.mlflow_rest import MlflowRest, RefusedError, items, json_number, key_of, now_ms
+from flops.core.ids import ProjectId
+from flops.core.project import Participant, Round, TrainedModel
+from flops.errors import ErrorCode, FlopsError
+
+LEARNER_RUNS_MOST = 50  # above it a table per round, because a list of so many runs is unreadable
+MODEL_ALIAS = "champion"  # of the newest version in the registry
+ATTEMPT_TAG = "flops.attempt"  # give it to `open_run` when a training starts from the beginning once more
+
+_TRAINING_TAG = "flops.training"  # on the run of a training: the project's id, and the attempt if any
+_LEARNER_TAG = "flops.learner"  # on a learner's run: its service id
+_PROJECT_TAG = "flops.project_id"
+_DIGEST_TAG = "flops.digest"  # of the exported folder
+_ROUND_TAG = "flops.round"
+_TRAINING_MARK = "round_duration_s"  # metrics that every round of a run has: they tell which rounds are there
+_LEARNER_MARK = "rows"
+_FLUSH_AFTER_S = 2.0
+_BATCH_METRICS = 1000  # MLflow's limits of one call
+_BATCH_ITEMS = 100
+_PARAM_CHARACTERS = 6000
+_PAGE = 1000
+
+
+@dataclass
+class _Series:
+    """A run that gets metrics by round, and the rounds it has."""
+
+    run_id: str
+    mark: str
+    steps: set[int] = field(default_factory=set)
+
+
+class MlflowTracker:
+    """Implements `flops.ports.Tracker`.
+
+    An experiment is a project; it has one run, its training, whose metrics are the aggregated model's by
+    round. Up to fifty learners have child runs, so that the GUI draws their curves beside each other. What is
+    logged of the learners may lag some seconds behind: it is sent together.
+
+    After a restart of the caller, give `log_round` the earlier rounds again: only what is missing is sent.
+
+    Args:
+        tracking_uri: ``http://host:port`` of the MLflow server.
+        public_uri: the address in links for people; `tracking_uri` when empty.
+        timeout_s: longest wait for one answer; a server that is being restarted answers after about 4 s.
+    """
+
+    def __init__(self, tracking_uri: str, *, public_uri: str = "", timeout_s: float = 15.0) -> None:
+        self._uri = tracking_uri.rstrip("/")
+        self._public_uri = (public_uri or tracking_uri).rstrip("/")
+        self._api = MlflowRest(self._uri, timeout_s)
+        self._lock = threading.RLock()
+        self._series: dict[str, _Series] = {}
+        self._learners: dict[str, dict[str, _Series]] = {}  # by training run, by service id
+        self._unsent: dict[str, dict[int, Round]] = {}  # by training run, by round
+        self._flushed_at: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._api.close()
+
+    def open_run(
+        self, project_id: ProjectId, params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> tuple[str, str]:
+        """Find or create the project's experiment and its training run; returns their ids.
+
+        Parameters that the run has already keep their values: MLflow does not change them.
+
+        Raises:
+            FlopsError: ``unreachable``, ``timeout``, ``tracking_failed``; so do all methods.
+        """
+        with self._lock:
+            experiment_id = self._experiment(project_id)
+            attempt = tags.get(ATTEMPT_TAG, "")
+            training = f"{project_id}/{attempt}" if attempt else str(project_id)
+            run = self._find_run(experiment_id, _TRAINING_TAG, training)
+            if run is None:
+                run = self._create_run(
+                    experiment_id,
+                    "FLOps training",
+                    {
+                        _TRAINING_TAG: training,
+                        _PROJECT_TAG: project_id,
+                        "mlflow.source.name": "FLOps",
+                        "mlflow.note.content": f"Federated training of project {project_id}. "
+                        "Steps are rounds. Learners are child runs.",
+                    },
+                )
+            run_id = str(run["info"]["run_id"])
+            present = {item["key"] for item in run["data"].get("params", [])}
+            self._log_params(run_id, {k: v for k, v in params.items() if key_of(k) not in present}, tags)
+            if run["info"]["status"] != "RUNNING":
+                self._api.call("POST", "runs/update", {"run_id": run_id, "status": "RUNNING"})
+            return experiment_id, run_id
+
+    def log_round(self, run_id: str, record: Round) -> None:
+        """Record a round's metrics with the round as step."""
+        with self._lock:
+            series = self._series.get(run_id)
+            if series is None:
+                series = self._series[run_id] = self._read_series(run_id, _TRAINING_MARK)
+            self._log_steps(series, {record.number: _metrics_of(record)})
+            self._unsent.setdefault(run_id, {})[record.number] = record
+            if time.monotonic() - self._flushed_at.get(run_id, 0.0) > _FLUSH_AFTER_S:
+                self._flush(run_id)
+
+    def log_model(self, run_id: str, folder: Path, best: Round, model_name: str) -> TrainedModel:
+        """Record an MLflow model folder with the best round's numbers, and register it.
+
+        Repeated for the same run and round, it records nothing new. Characters that MLflow does not take in
+        names become ``_`` in `model_name`.
+
+        Raises:
+            FlopsError: ``model_export_failed`` when `folder` is no MLflow model; and as `open_run`.
+        """
+        if not (folder / "MLmodel").is_file():
+            raise FlopsError(ErrorCode.MODEL_EXPORT_FAILED, f"{folder} is not a folder of an MLflow model.")
+        model_name = _model_name(model_name)
+        with self._lock:
+            self._flush(run_id)
+            run = self._run(run_id)
+            digest = _digest_of(folder)
+            model = self._logged_model(run, digest, best, model_name)
+            model_id = str(model["info"]["model_id"])
+            if model["info"]["status"] != "LOGGED_MODEL_READY":
+                self._upload_model(folder, run_id, model)
+                self._api.call(
+                    "PATCH",
+                    f"logged-models/{model_id}",
+                    {"model_id": model_id, "status": "LOGGED_MODEL_READY"},
+                )
+            outputs = run.get("outputs", {}).get("model_outputs", [])
+            if all(output["model_id"] != model_id for output in outputs):
+                link = {"model_id": model_id, "step": best.number}
+                self._api.call(
+                    "POST", "runs/outputs", {"run_id": run_id, "models": [link]}, is_repeatable=False
+                )
+            self._log_model_numbers(run_id, model, best)
+            version = self._register(run_id, model_id, digest, best, model_name)
+            return TrainedModel(
+                experiment_id=str(run["info"]["experiment_id"]),
+                run_id=run_id,
+                model_uri=f"models:/{model_id}",
+                name=model_name,
+                version=version,
+                round=best.number,
+                accuracy=best.accuracy,
+                loss=best.loss,
+            )
+
+    def close_run(self, run_id: str, *, is_success: bool) -> None:
+        """End the run and those of its learners."""
+        status = "FINISHED" if is_success else "FAILED"
+        with self._lock:
+            self._flush(run_id)
+            run = self._run(run_id)
+            children = self._search_runs(
+                run["info"]["experiment_id"], f"tags.`mlflow.parentRunId` = '{run_id}'"
+            )
+            for info in [*(child["info"] for child in children), run["info"]]:
+                if info["status"] != status:
+                    body = {"run_id": info["run_id"], "status": status, "end_time": now_ms()}
+                    self._api.call("POST", "runs/update", body)
+            for cache in (self._series, self._learners, self._unsent, self._flushed_at):
+                cache.pop(run_id, None)
+
+    def url_of(self, experiment_id: str, run_id: str) -> str:
+        """Where people see the run; without the last part the GUI opens in its mode for language models."""
+        return f"{self._public_uri}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+    def delete(self, project_id: ProjectId) -> None:
+        """Remove the project's experiment and its versions in the registry; an unknown one is no error."""
+        with self._lock:
+            body = {"max_results": _PAGE, "filter": f"tags.`{_PROJECT_TAG}` = '{project_id}'"}
+            for experiment in self._api.call("POST", "experiments/search", body).get("experiments", []):
+                experiment_id = experiment["experiment_id"]
+                for run in self._search_runs(experiment_id, f"tags.`{_PROJECT_TAG}` = '{project_id}'"):
+                    self._unregister(run["info"]["run_id"])
+                # A deleted experiment would keep its name taken.
+                new_name = f"{experiment['name'].partition(' (deleted')[0]} (deleted {experiment_id})"
+                body = {"experiment_id": experiment_id, "new_name": new_name}
+                self._api.call("POST", "experiments/update", body)
+                self._api.call("POST", "experiments/delete", {"experiment_id": experiment_id})
+
+    # Experiments and runs
+
+    def _experiment(self, project_id: ProjectId) -> str:
+        name = f"FLOps Project {project_id}"
+        experiment = self._find_experiment(name)
+        if experiment is None:
+            tags = {
+                _PROJECT_TAG: project_id,
+                "mlflow.experimentKind": "custom_model_development",
+                "mlflow.note.content": f"Federated learning with FLOps, project {project_id}.",
+            }
+            try:
+                body = {"name": name, "tags": items(tags)}
+                return str(self._api.call("POST", "experiments/create", body)["experiment_id"])
+            except RefusedError as exc:
+                experiment = self._find_experiment(name)
+                if exc.mlflow_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                    raise
+        if experiment["lifecycle_stage"] == "deleted":  # by somebody in the GUI
+            self._api.call("POST", "experiments/restore", {"experiment_id": experiment["experiment_id"]})
+        return str(experiment["experiment_id"])
+
+    def _find_experiment(self, name: str) -> dict[str, Any] | None:
+        answer = self._api.find("experiments/get-by-name", {"experiment_name": name})
+        return dict(answer["experiment"]) if answer is not None else None
+
+    def _search_runs(self, experiment_id: str, condition: str) -> list[dict[str, Any]]:
+        body = {"experiment_ids": [experiment_id], "filter": condition, "max_results": _PAGE}
+        return list(self._api.call("POST", "runs/search", body).get("runs", []))
+
+    def _find_run(self, experiment_id: str, tag: str, value: str) -> dict[str, Any] | None:
+        runs = self._search_runs(experiment_id, f"tags.`{tag}` = '{value}'")
+        return min(runs, key=lambda run: int(run["info"]["start_time"])) if runs else None
+
+    def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str]) -> dict[str, Any]:
+        body = {
+            "experiment_id": experiment_id,
+            "run_name": name,
+            "start_time": now_ms(),
+            "tags": items(tags),
+        }
+        return dict(self._api.call("POST", "runs/create", body, is_repeatable=False)["run"])
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        return dict(self._api.call("GET", "runs/get", {"run_id": run_id})["run"])
+
+    def _log_params(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        values = [{"key": key_of(k), "value": str(v)[:_PARAM_CHARACTERS]} for k, v in params.items()]
+        for start in range(0, max(len(values), len(tags)), _BATCH_ITEMS):
+            part = slice(start, start + _BATCH_ITEMS)
+            body = {"run_id": run_id, "params": values[part], "tags": items(tags)[part]}
+            self._api.call("POST", "runs/log-batch", body)
+
+    # Rounds
+
+    def _read_series(self, run_id: str, mark: str) -> _Series:
+        return _Series(run_id, mark, {int(point["step"]) for point in self._history(run_id, mark)})
+
+    def _history(self, run_id: str, key: str) -> list[dict[str, Any]]:
+        points: list[dict[str, Any]] = []
+        query = {"run_id": run_id, "metric_key": key, "max_results": "25000"}
+        while True:
+            answer = self._api.call("GET", "metrics/get-history", query)
+            points += answer.get("metrics", [])
+            if not answer.get("next_page_token"):
+                return points
+            query["page_token"] = answer["next_page_token"]
+
+    def _log_steps(self, series: _Series, rounds: Mapping[int, Mapping[str, float]]) -> None:
+        """Send the rounds that the run lacks, as many in one call as MLflow takes.
+
+        A call that is repeated at once does no harm: MLflow drops equal values of the same time.
+        """
+        sent_at_ms = now_ms()
+        batch: list[dict[str, Any]] = []
+        steps: set[int] = set()
+        missing = {number: rounds[number] for number in sorted(rounds) if number not in series.steps}
+        for number, metrics in missing.items():
+            if len(batch) + len(metrics) > _BATCH_METRICS:
+                self._send(series, batch, steps)
+                batch, steps = [], set()
+            batch += [
+                {"key": key, "value": json_number(value), "timestamp": sent_at_ms, "step": number}
+                for key, value in metrics.items()
+            ][:_BATCH_METRICS]
+            steps.add(number)
+        if batch:
+            self._send(series, batch, steps)
+
+    def _send(self, series: _Series, batch: Sequence[Mapping[str, Any]], steps: set[int]) -> None:
+        try:
+            self._api.call("POST", "runs/log-batch", {"run_id": series.run_id, "metrics": batch})
+        except FlopsError:
+            # Whether it arrived is not known: what the run has is read again before the next call.
+            self._series.pop(series.run_id, None)
+            self._learners = {
+                parent: {k: s for k, s in children.items() if s is not series}
+                for parent, children in self._learners.items()
+            }
+            raise
+        series.steps |= steps
+
+    def _flush(self, run_id: str) -> None:
+        """Send what is known of the learners and not yet sent."""
+        unsent = self._unsent.get(run_id, {})
+        if not unsent:
+            return
+        by_learner: dict[str, dict[int, Participant]] = {}
+        for number, record in list(unsent.items()):
+            if len(record.participants) > LEARNER_RUNS_MOST:
+                self._upload_table(run_id, record)
+                continue
+            for part in record.participants:
+                by_learner.setdefault(part.learner, {})[number] = part
+        for learner, parts in by_learner.items():
+            series = self._learner_series(run_id, learner, next(iter(parts.values())).node)
+            self._log_steps(series, {number: _metrics_of_part(part) for number, part in parts.items()})
+        unsent.clear()
+        self._flushed_at[run_id] = time.monotonic()
+
+    def _learner_series(self, run_id: str, learner: str, node: str) -> _Series:
+        children = self._learners.setdefault(run_id, {})
+        if learner in children:
+            return children[learner]
+        run = self._run(run_id)
+        experiment_id = run["info"]["experiment_id"]
+        child = self._find_run(experiment_id, _LEARNER_TAG, learner)
+        if child is None:
+            tags = {"mlflow.parentRunId": run_id, _LEARNER_TAG: learner, "flops.node": node}
+            child = self._create_run(experiment_id, f"{node} · {learner}", tags)
+            series = _Series(str(child["info"]["run_id"]), _LEARNER_MARK)
+        else:
+            series = self._read_series(str(child["info"]["run_id"]), _LEARNER_MARK)
+        self._learners.setdefault(run_id, {})[learner] = series
+        return series
+
+    def _upload_table(self, run_id: str, record: Round) -> None:
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(("node", "learner", "accuracy", "loss", "rows", "fit_s", "evaluate_s"))
+        for part in record.participants:
+            numbers = (part.accuracy, part.loss, part.rows, part.fit_s, part.evaluate_s)
+            writer.writerow((part.node, part.learner, *numbers))
+        root = self._run(run_id)["info"]["artifact_uri"]
+        self._api.upload(
+            f"{root}/learners/round-{record.number:05}.csv", table.getvalue().encode(), "text/csv"
+        )
+
+    # Models
+
+    def _logged_model(self, run: Mapping[str, Any], digest: str, best: Round, name: str) -> dict[str, Any]:
+        """The run's model of this round, or a new one that is not ready yet.
+
+        The round decides, not the content: a model that is exported once more is the same in other bytes.
+        """
+        experiment_id, run_id = run["info"]["experiment_id"], run["info"]["run_id"]
+        condition = f"source_run_id = '{run_id}' AND tags.`{_ROUND_TAG}` = '{best.number}'"
+        body: dict[str, Any] = {"experiment_ids": [experiment_id], "filter": condition, "max_results": 1}
+        found = self._api.call("POST", "logged-models/search", body).get("models", [])
+        if found:
+            return dict(found[0])
+        body = {
+            "experiment_id": experiment_id,
+            "name": name,
+            "source_run_id": run_id,
+            "params": run["data"].get("params", []),
+            "tags": items({_DIGEST_TAG: digest, _ROUND_TAG: str(best.number)}),
+        }
+        return dict(self._api.call("POST", "logged-models", body, is_repeatable=False)["model"])
+
+    def _upload_model(self, folder: Path, run_id: str, model: Mapping[str, Any]) -> None:
+        model_id, root = model["info"]["model_id"], model["info"]["artifact_uri"]
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            content = path.read_bytes()
+            if name == "MLmodel":
+                description = yaml.safe_load(content)
+                description |= {
+                    "artifact_path": root,
+                    "model_id": model_id,
+                    "model_uuid": model_id,
+                    "run_id": run_id,
+                }
+                content = yaml.safe_dump(description, allow_unicode=True).encode()
+            self._api.upload(f"{root}/{name}", content)
+
+    def _log_model_numbers(self, run_id: str, model: Mapping[str, Any], best: Round) -> None:
+        """Put the best round's numbers on the model, as the run has them, without doubling the run's."""
+        model_id = model["info"]["model_id"]
+        has = {metric["key"] for metric in model.get("data", {}).get("metrics", [])}
+        metrics = []
+        for key, value in (("accuracy", best.accuracy), ("loss", best.loss)):
+            if value is None or key in has:
+                continue
+            times = [p["timestamp"] for p in self._history(run_id, key) if int(p["step"]) == best.number]
+            metrics.append(
+                {
+                    "key": key,
+                    "value": json_number(value),
+                    "timestamp": int(times[0]) if times else now_ms(),
+                    "step": best.number,
+                    "model_id": model_id,
+                }
+            )
+        if metrics:
+            self._api.call("POST", "runs/log-batch", {"run_id": run_id, "metrics": metrics})
+
+    def _register(self, run_id: str, model_id: str, digest: str, best: Round, name: str) -> str:
+        try:
+            body: dict[str, Any] = {"name": name, "tags": items({"flops": "true"})}
+            self._api.call("POST", "registered-models/create", body)
+        except RefusedError as exc:
+            if exc.mlflow_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"models:/{model_id}"
+        same = [v for v in self._versions(run_id) if (v["name"], v["source"]) == (name, source)]
+        if same:
+            version = same[0]["version"]
+        else:
+            numbers = {"accuracy": best.accuracy, "loss": best.loss, _ROUND_TAG: best.number}
+            body = {
+                "name": name,
+                "source": source,
+                "run_id": run_id,
+                "model_id": model_id,
+                "tags": items(
+                    {_DIGEST_TAG: digest} | {k: str(v) for k, v in numbers.items() if v is not None}
+                ),
+                "description": f"Best round of the training: {best.number}.",
+            }
+            answer = self._api.call("POST", "model-versions/create", body, is_repeatable=False)
+            version = answer["model_version"]["version"]
+        alias = {"name": name, "alias": MODEL_ALIAS, "version": str(version)}
+        self._api.call("POST", "registered-models/alias", alias)
+        return str(version)
+
+    def _versions(self, run_id: str) -> list[dict[str, Any]]:
+        query = {"filter": f"run_id = '{run_id}'", "max_results": str(_PAGE)}
+        return list(self._api.call("GET", "model-versions/search", query).get("model_versions", []))
+
+    def _unregister(self, run_id: str) -> None:
+        versions = self._versions(run_id)
+        for version in versions:
+            body = {"name": version["name"], "version": str(version["version"])}
+            self._api.call("DELETE", "model-versions/delete", body)
+        for name in {version["name"] for version in versions}:
+            answer = self._api.find("registered-models/get", {"name": name})
+            model = answer["registered_model"] if answer is not None else {}
+            is_ours = any(tag["key"] == "flops" for tag in model.get("tags", []))
+            if is_ours and not model.get("latest_versions"):
+                self._api.call("DELETE", "registered-models/delete", {"name": name})
+
+
+def _metrics_of(record: Round) -> dict[str, float]:
+    parts = record.participants
+    metrics = {key_of(key): value for key, value in record.metrics.items()}
+    metrics |= {
+        "learners": len(parts),
+        "learners_left_out": len(record.left_out),
+        "rows": sum(part.rows for part in parts),
+        _TRAINING_MARK: record.duration_s,
+        "slowest_fit_s": max((part.fit_s for part in parts), default=0.0),
+        "slowest_evaluate_s": max((part.evaluate_s for part in parts), default=0.0),
+    }
+    return metrics | _known({"accuracy": record.accuracy, "loss": record.loss})
+
+
+def _metrics_of_part(part: Participant) -> dict[str, float]:
+    metrics = {_LEARNER_MARK: float(part.rows), "fit_s": part.fit_s, "evaluate_s": part.evaluate_s}
+    return metrics | _known({"accuracy": part.accuracy, "loss": part.loss})
+
+
+def _known(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if value is not None}
+
+
+def _model_name(name: str) -> str:
+    """A name as MLflow takes it for models: without slash, colon, dot, percent sign and quotes."""
+    return re.sub(r"[/:.%\"'`]", "_", name).strip() or "model"
+
+
+def _digest_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
