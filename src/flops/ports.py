@@ -107,6 +107,10 @@ class ProjectStore(Protocol):
         """The locked environment with this key, if one is known."""
         ...
 
+    def forget_environments(self) -> int:
+        """Forget all locked environments; returns how many were known."""
+        ...
+
     def put_mock_data(self, mock_data: MockData) -> None:
         """Store a mock data provider's record, replacing an earlier one."""
         ...

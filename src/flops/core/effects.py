@@ -22,7 +22,7 @@ class EffectKind(StrEnum):
     START_BUILDER = "start_builder"
     START_AGGREGATOR = "start_aggregator"
     START_LEARNERS = "start_learners"
-    BUILD_INFERENCE = "build_inference"
+    BUILD_INFERENCE = "build_inference"  # verify that what the inference service needs is stored
     START_INFERENCE = "start_inference"
     STOP_SERVICES = "stop_services"  # payload: service ids
     DELETE_PROJECT = "delete_project"

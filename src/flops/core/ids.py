@@ -13,3 +13,18 @@ Digest = NewType("Digest", str)  # lower-case hex SHA-256 of a blob's bytes
 EnvironmentKey = NewType(
     "EnvironmentKey", str
 )  # SHA-256 over everything that decides an environment's content
+
+
+def make_service_id(kind: str, owner: str, number: int | None = None, attempt: int = 1) -> ServiceId:
+    """Name a service: the same arguments give the same id, so that starting it twice starts it once.
+
+    Args:
+        kind: value of a `flops.core.cluster.ServiceKind`.
+        owner: id of the project or mock data provider.
+        number: which of several of the same kind, from 1.
+        attempt: counts replacements of the service, from 1.
+    """
+    parts = [kind, owner, *([] if number is None else [str(number)])]
+    if attempt > 1:
+        parts.append(f"r{attempt}")
+    return ServiceId("-".join(parts))

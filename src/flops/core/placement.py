@@ -1,3 +1,221 @@
 """Which node runs what of a project, decided from facts alone; and why it is impossible, node by node."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, AddonState, Node, Resources
+from flops.core.ids import NodeId
+from flops.core.project import Placement
+from flops.core.sla import PostTrainingStep, ProjectSla, ResourceConstraints
+from flops.errors import ErrorCode, FlopsError
+
+# What an interpreter with the libraries of machine learning takes before the first row is loaded. The SLA's
+# memory comes on top (docs/adr/0002-memory-limits.md).
+BASE_MEMORY_MB = 768
+# The aggregator has Flower and MLflow, and beside it the processes that make the first parameters and
+# export the model.
+AGGREGATOR_BASE_MEMORY_MB = 1536
+
+_PLATFORMS = {
+    "x86_64": "linux/amd64",
+    "amd64": "linux/amd64",
+    "aarch64": "linux/arm64",
+    "arm64": "linux/arm64",
+}
+
+_Obstacle = Callable[[Node], str]  # why a node cannot take something, "" if it can
+
+
+def learner_resources(constraints: ResourceConstraints) -> Resources:
+    """The limits under which a learner or an inference service runs."""
+    return Resources(memory_mb=constraints.memory + BASE_MEMORY_MB, vcpus=constraints.vcpus)
+
+
+def aggregator_resources(constraints: ResourceConstraints) -> Resources:
+    """The limits under which the aggregator runs."""
+    return Resources(memory_mb=constraints.memory + AGGREGATOR_BASE_MEMORY_MB, vcpus=constraints.vcpus)
+
+
+def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> Placement:
+    """Choose the nodes of a project; the same arguments give the same answer.
+
+    Learners are spread over capable nodes, powerful ones first, and doubled up only when there are more
+    learners than capable nodes (docs/adr/0003-learners-per-node.md).
+
+    Args:
+        sla: what is asked for.
+        nodes: all nodes of the cluster, connected or not.
+        needs_build: whether a builder is needed.
+
+    Raises:
+        FlopsError: ``placement_impossible``: which condition failed on which node.
+    """
+    powerful_first = sorted(nodes, key=_rank)
+    learners = _place_learners(sla, powerful_first)
+    aggregator = _first_capable("the aggregator", powerful_first, _aggregator_obstacle(sla))
+    builder = None
+    if needs_build:
+        builder = _first_capable("the image builder", powerful_first, _builder_obstacle)
+    inference = (
+        place_inference(sla, nodes) if PostTrainingStep.DEPLOY_IMAGE in sla.post_training_steps else None
+    )
+    return Placement(aggregator=aggregator, learners=learners, builder=builder, inference=inference)
+
+
+def place_inference(sla: ProjectSla, nodes: Sequence[Node], *, preferred: NodeId | None = None) -> NodeId:
+    """Choose the node of an inference service: the preferred one while it can take it.
+
+    Raises:
+        FlopsError: ``placement_impossible``.
+    """
+    order = sorted(nodes, key=lambda node: (node.id != preferred, _rank(node)))
+    return _first_capable("the inference service", order, _inference_obstacle(sla))
+
+
+def place_mock_providers(nodes: Sequence[Node], wanted: int | None) -> tuple[Node, ...]:
+    """Choose the learner nodes that receive mock data: `wanted` of them, all when None.
+
+    Raises:
+        FlopsError: ``placement_impossible`` when there is none, or there are fewer than wanted.
+    """
+    ordered = sorted(nodes, key=_rank)
+    capable = tuple(node for node in ordered if not _addon_obstacle(node, LEARNER_ADDON))
+    asked = 1 if wanted is None else wanted
+    if len(capable) < asked:
+        what = (
+            "Mock data needs a learner node"
+            if wanted is None
+            else f"{wanted} learner nodes asked (number_of_nodes)"
+        )
+        raise _impossible(what, ordered, lambda node: _addon_obstacle(node, LEARNER_ADDON), len(capable))
+    return capable if wanted is None else capable[:wanted]
+
+
+def _place_learners(sla: ProjectSla, nodes: Sequence[Node]) -> tuple[NodeId, ...]:
+    wanted = sla.training_configuration.min_available_clients
+    obstacle = _learner_obstacle(sla)
+    room = {node.id: _learner_room(sla, node) for node in nodes if not obstacle(node)}
+    what = f"{wanted} learner{'s' if wanted > 1 else ''} asked (min_available_clients)"
+    taken: Counter[NodeId] = Counter()
+    chosen: list[NodeId] = []
+    while len(chosen) < wanted:
+        free = [node_id for node_id in room if taken[node_id] < room[node_id]]
+        if not free:
+            raise _impossible(what, nodes, lambda node: obstacle(node) or _full(room[node.id]), len(chosen))
+        spread = min(free, key=lambda node_id: taken[node_id])  # of equal ones the most powerful
+        taken[spread] += 1
+        chosen.append(spread)
+    return tuple(chosen)
+
+
+def _learner_room(sla: ProjectSla, node: Node) -> int:
+    """How many learners fit on a capable node: each needs its memory, and a row of its own."""
+    rows = node.rows_of(sla.training_configuration.data_tags)
+    if not node.facts.memory_mb:
+        return rows
+    return min(rows, node.facts.memory_mb // _memory_mb(learner_resources(sla.resource_constraints)))
+
+
+def _first_capable(what: str, nodes: Sequence[Node], obstacle: _Obstacle) -> NodeId:
+    for node in nodes:
+        if not obstacle(node):
+            return node.id
+    raise _impossible(f"A node is needed for {what}", nodes, obstacle, 0)
+
+
+def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
+    tags = sla.training_configuration.data_tags
+
+    def obstacle(node: Node) -> str:
+        return (
+            _addon_obstacle(node, LEARNER_ADDON)
+            or _rows_obstacle(node, tags)
+            or _resource_obstacle(node, sla, learner_resources(sla.resource_constraints))
+        )
+
+    return obstacle
+
+
+def _aggregator_obstacle(sla: ProjectSla) -> _Obstacle:
+    resources = aggregator_resources(sla.resource_constraints)
+    return lambda node: _away(node) or _resource_obstacle(node, sla, resources)
+
+
+def _inference_obstacle(sla: ProjectSla) -> _Obstacle:
+    resources = learner_resources(sla.resource_constraints)
+    return lambda node: _away(node) or _resource_obstacle(node, sla, resources)
+
+
+def _builder_obstacle(node: Node) -> str:
+    return _addon_obstacle(node, IMAGE_BUILDER_ADDON)
+
+
+def _away(node: Node) -> str:
+    return "" if node.is_connected else "not connected"
+
+
+def _addon_obstacle(node: Node, name: str) -> str:
+    if not node.is_connected:
+        return _away(node)
+    addon = next((addon for addon in node.addons if addon.name == name), None)
+    if addon is None:
+        return f"addon {name} is off"
+    if addon.state is AddonState.HEALTHY:
+        return ""
+    return f"addon {name} is {addon.state.value}" + (f" ({addon.detail.rstrip('.')})" if addon.detail else "")
+
+
+def _rows_obstacle(node: Node, tags: tuple[str, ...]) -> str:
+    if node.rows_of(tags) > 0:
+        return ""
+    wanted = ", ".join(f"'{tag}'" for tag in tags)
+    return f"no rows for the data tag{'s' if len(tags) > 1 else ''} {wanted}"
+
+
+def _resource_obstacle(node: Node, sla: ProjectSla, resources: Resources) -> str:
+    facts = node.facts
+    asked = sla.resource_constraints
+    memory_mb = _memory_mb(resources)
+    platform = _PLATFORMS.get(facts.architecture, facts.architecture)
+    if platform not in {p.value for p in sla.supported_platforms}:
+        return f"its platform {platform} is not among supported_platforms"
+    if facts.memory_mb and facts.memory_mb < memory_mb:
+        return (
+            f"{facts.memory_mb} MB of memory, {memory_mb} MB are needed "
+            f"(memory {asked.memory} MB and {memory_mb - asked.memory} MB for the libraries)"
+        )
+    if facts.cpu_cores < asked.vcpus:
+        return f"{facts.cpu_cores} CPU cores, vcpus asks for {asked.vcpus:g}"
+    free_mb = node.load.disk_free_mb or facts.disk_free_mb
+    if free_mb and free_mb < asked.storage:
+        return f"{free_mb} MB of free disk, storage asks for {asked.storage} MB"
+    return ""
+
+
+def _full(learners: int) -> str:
+    return f"takes {learners} learner{'s' if learners != 1 else ''}, its memory or rows allow no more"
+
+
+def _memory_mb(resources: Resources) -> int:
+    return resources.memory_mb or 0
+
+
+def _rank(node: Node) -> tuple[int, int, int, str]:
+    """Powerful nodes first; the name makes the order the same every time."""
+    facts = node.facts
+    return (-len(facts.gpus), -facts.cpu_cores, -facts.memory_mb, f"{node.name}/{node.id}")
+
+
+def _impossible(what: str, nodes: Sequence[Node], obstacle: _Obstacle, possible: int) -> FlopsError:
+    problems = [{"node": node.name, "problem": obstacle(node)} for node in nodes]
+    problems = [entry for entry in problems if entry["problem"]]
+    if not nodes:
+        sentence = "no node has joined the cluster"
+    else:
+        counted = "no node can take it" if possible == 0 else f"the nodes can take only {possible}"
+        sentence = f"{counted}: " + "; ".join(f"{p['node']}: {p['problem']}" for p in problems)
+    return FlopsError(
+        ErrorCode.PLACEMENT_IMPOSSIBLE, f"{what}, but {sentence}.", details={"problems": problems}
+    )

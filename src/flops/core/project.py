@@ -147,6 +147,12 @@ class Project(Value):
     tracking_url: str = ""
     failure: Failure | None = None
     is_deletion_requested: bool = False
+    lost_services: tuple[ServiceId, ...] = ()  # of `services`, those whose node is gone right now
+    service_failures: dict[str, Failure] = Field(default_factory=dict)  # the last one of each service
+    failed_learners: tuple[ServiceId, ...] = ()  # that will not come back by themselves
+    learner_generation: int = 0  # grows when learners are started anew for another aggregator address
+    history_length: int = 0  # `seq` of the last line of the history
+    cluster_seq: int = 0  # `seq` of the last cluster event that changed the project
 
 
 class ProjectEvent(Value):
@@ -171,3 +177,7 @@ class MockData(Value):
     rows: int = 0  # pushed so far
     failure: Failure | None = None
     created_at_s: float = 0.0
+    node_ids: tuple[NodeId, ...] = ()  # of `nodes`, in the same order; `services` likewise
+    ended: tuple[ServiceId, ...] = ()  # of `services`, those that have ended
+    dataset_blob: str | None = None  # a local file of the user, sent along
+    cluster_seq: int = 0  # `seq` of the last cluster event that was taken in

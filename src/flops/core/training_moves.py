@@ -1,0 +1,242 @@
+"""From the aggregator's start to a served model. Parts of `flops.core.lifecycle`."""
+
+from __future__ import annotations
+
+import math
+
+from flops.core.change import Change
+from flops.core.cluster import ServiceKind
+from flops.core.effects import EffectKind
+from flops.core.endings import stop_services
+from flops.core.events import (
+    AggregatorListening,
+    InferenceListening,
+    LearnerJoined,
+    LearnerLeft,
+    ModelPackaged,
+    RoundCompleted,
+    RoundStarted,
+    TrainingCompleted,
+    TrainingStarted,
+)
+from flops.core.project import Round, Stage, Training
+from flops.core.service_moves import learner_ids, service_id
+from flops.core.sla import PostTrainingStep
+
+
+def start_learners(change: Change, event: AggregatorListening) -> None:
+    """The aggregator is ready: start the learners."""
+    change.set(training=Training(rounds_total=change.project.sla.training_configuration.training_rounds))
+    change.enter(Stage.TRAINING, "Starts the learners.")
+    _start_learners(change, event)
+
+
+def replace_learners(change: Change, event: AggregatorListening) -> None:
+    """The aggregator was restarted. At the same address its learners find it by themselves.
+
+    A learner's configuration never changes, so at another address they are replaced by new ones.
+    """
+    if event.address == change.project.aggregator_address:
+        return
+    earlier = set(learner_ids(change.project))
+    change.note(f"The aggregator listens at another address, {event.address}: its learners are replaced.")
+    stop_services(change, (s for s in change.project.services if s in earlier))
+    if change.project.training is not None:
+        change.set(training=change.project.training.model_copy(update={"learners": ()}))
+    _start_learners(change, event)
+
+
+def _start_learners(change: Change, event: AggregatorListening) -> None:
+    change.set(
+        aggregator_address=event.address,
+        learner_generation=change.project.learner_generation + 1,
+        failed_learners=(),
+    )
+    learners = learner_ids(change.project)
+    change.set(services=(*change.project.services, *learners), doing=_waiting(change, ()))
+    change.note(
+        f"Federated training starts: the aggregator is at {event.address}, "
+        f"{_count(len(learners), 'learner')} are to join.",
+        address=event.address,
+        learners=list(learners),
+    )
+    change.request(
+        EffectKind.START_LEARNERS, address=event.address, generation=change.project.learner_generation
+    )
+
+
+def training_started(change: Change, event: TrainingStarted) -> None:
+    """The run is open in the tracking server."""
+    if event.tracking_url == change.project.tracking_url:
+        return
+    change.set(tracking_url=event.tracking_url)
+    change.note(f"Follow the training at {event.tracking_url}", url=event.tracking_url)
+
+
+def learner_joined(change: Change, event: LearnerJoined) -> None:
+    """A learner takes part from now on."""
+    project = change.project
+    if project.training is None or event.learner in project.training.learners:
+        return
+    learners = (*project.training.learners, event.learner)
+    change.set(
+        training=project.training.model_copy(update={"learners": learners}),
+        failed_learners=tuple(s for s in project.failed_learners if s != event.learner),
+    )
+    if project.training.round_now == 0:
+        change.set(doing=_waiting(change, learners))
+    change.note(
+        f"A learner on {event.node} has joined with {event.rows} rows "
+        f"({len(learners)} of {len(learner_ids(project))}).",
+        learner=event.learner,
+        node=event.node,
+        rows=event.rows,
+    )
+
+
+def learner_left(change: Change, event: LearnerLeft) -> None:
+    """A learner takes part no more, for now."""
+    project = change.project
+    if project.training is None or event.learner not in project.training.learners:
+        return
+    learners = tuple(s for s in project.training.learners if s != event.learner)
+    change.set(training=project.training.model_copy(update={"learners": learners}))
+    data = {"learner": event.learner, "node": event.node, "reason": event.reason}
+    if event.failure is not None:
+        failures = {**project.service_failures, event.learner: event.failure}
+        change.set(service_failures=failures)
+    change.note(
+        f"The learner on {event.node} has left: {event.reason.rstrip('.')}. "
+        f"{_count(len(learners), 'learner')} left.",
+        **data,
+    )
+
+
+def round_started(change: Change, event: RoundStarted) -> None:
+    """A round begins."""
+    training = change.project.training
+    if training is None or event.round <= training.round_now:
+        return
+    change.set(
+        training=training.model_copy(update={"round_now": event.round, "rounds_total": event.rounds}),
+        doing=f"Trains round {event.round} of {event.rounds} with {_count(len(event.learners), 'learner')}.",
+    )
+    change.note(
+        f"Round {event.round} of {event.rounds} begins with {_count(len(event.learners), 'learner')}.",
+        round=event.round,
+        rounds=event.rounds,
+        learners=list(event.learners),
+    )
+
+
+def round_completed(change: Change, event: RoundCompleted) -> None:
+    """A round has ended, with the numbers of the global model."""
+    training = change.project.training
+    record = event.record
+    if training is None or (training.history and record.number <= training.history[-1].number):
+        return
+    finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}
+    record = record.model_copy(update={"metrics": finite})  # JSON has no others
+    history = (*training.history, record)
+    change.set(
+        training=training.model_copy(
+            update={
+                "history": history,
+                "round_now": max(training.round_now, record.number),
+                "rounds_total": event.rounds,
+                "best_round": min(history, key=_worse).number,
+            }
+        )
+    )
+    text = f"Round {record.number} of {event.rounds}: {_numbers(record)}"
+    text += f", {_count(len(record.participants), 'learner')}, {record.duration_s:.2f} s."
+    if record.left_out:
+        text += f" Left out: {', '.join(record.left_out)}."
+    is_last = record.number >= event.rounds
+    change.set(doing="Exports and registers the best model." if is_last else text)
+    change.note(text, rounds=event.rounds, record=record.model_dump(mode="json"))
+
+
+def training_completed(change: Change, event: TrainingCompleted) -> None:
+    """The best model is registered: learners and aggregator are done."""
+    training = change.project.training
+    if training is not None:
+        change.set(training=training.model_copy(update={"learners": (), "best_round": event.model.round}))
+    change.set(model=event.model)
+    best = Round(number=event.model.round, accuracy=event.model.accuracy, loss=event.model.loss)
+    change.note(
+        f"The training is completed. The best model is that of round {best.number}: {_numbers(best)}; "
+        f"registered as {event.model.name}, version {event.model.version}.",
+        model=event.model.model_dump(mode="json"),
+    )
+    stop_services(change, change.project.services)
+    if PostTrainingStep.BUILD_IMAGE in change.project.sla.post_training_steps:
+        change.enter(Stage.PACKAGING, "Prepares what serves the trained model.")
+        change.request(EffectKind.BUILD_INFERENCE)
+    else:
+        change.note("No post-training steps were asked for.", kind="no_post_training_steps")
+        _complete(change)
+
+
+def model_packaged(change: Change, _event: ModelPackaged) -> None:
+    """What serves the model is stored."""
+    change.note("What serves the trained model is stored: the model, and the lock of its environment.")
+    if PostTrainingStep.DEPLOY_IMAGE not in change.project.sla.post_training_steps:
+        _complete(change)
+        return
+    inference = service_id(ServiceKind.INFERENCE.value, change.project)
+    change.set(services=(*change.project.services, inference))
+    change.enter(Stage.DEPLOYING, "Starts the inference service.")
+    change.request(EffectKind.START_INFERENCE)
+
+
+def inference_listening(change: Change, event: InferenceListening) -> None:
+    """The model is served."""
+    change.set(inference_url=event.url)
+    change.note(f"The trained model is served at {event.url}", url=event.url)
+    _complete(change)
+
+
+def inference_moved(change: Change, event: InferenceListening) -> None:
+    """The inference service was restarted; it may have another address now."""
+    project = change.project
+    if event.url == project.inference_url or event.service_id not in project.services:
+        return
+    if not project.is_deletion_requested:
+        change.set(inference_url=event.url)
+        change.note(f"The trained model is served at {event.url} now.", url=event.url)
+
+
+def _complete(change: Change) -> None:
+    model = change.project.model
+    change.enter(Stage.COMPLETED, "Completed.")
+    url = change.project.inference_url
+    change.note(
+        "The project is completed." + (f" Its model answers at {url}/invocations" if url else ""),
+        kind="project_completed",
+        accuracy=model.accuracy if model else None,
+        inference_url=url,
+    )
+
+
+def _waiting(change: Change, joined: tuple[str, ...]) -> str:
+    wanted = len(learner_ids(change.project))
+    if len(joined) >= wanted:
+        return "All learners have joined; the first round begins."
+    return f"Waits for learners: {len(joined)} of {wanted} have joined."
+
+
+def _worse(record: Round) -> tuple[float, float]:
+    """Sorts the best round first: higher accuracy, then lower loss, then the earlier one."""
+    accuracy = -record.accuracy if record.accuracy is not None else 0.0
+    return (accuracy, record.loss if record.loss is not None else float("inf"))
+
+
+def _numbers(record: Round) -> str:
+    numbers = [f"{record.accuracy:.4f} accuracy"] if record.accuracy is not None else []
+    numbers += [f"{record.loss:.4f} loss"] if record.loss is not None else []
+    return ", ".join(numbers) or "no numbers"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
