@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import uvicorn
 from mlflow.server.fastapi_app import app
 from mlflow.server.handlers import initialize_backend_stores
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 _GRACE_S = 3
 
@@ -29,12 +31,22 @@ def _end_with_parent(pipe: int) -> None:
     os._exit(1)
 
 
+async def serve_without_assistant(scope: Scope, receive: Receive, send: Send) -> None:
+    """MLflow without its AI assistant, which runs shell commands on this machine for local users."""
+    if scope["type"] == "http" and "/mlflow/assistant" in scope["path"]:
+        await PlainTextResponse("not offered", status_code=404)(scope, receive, send)
+    else:
+        await app(scope, receive, send)
+
+
 def main(argv: Sequence[str]) -> None:
     """Bring the database up to date, then serve on the inherited socket until SIGTERM or the parent's end."""
     listener, pipe, database, artifacts = argv
     threading.Thread(target=_end_with_parent, args=(int(pipe),), daemon=True).start()
     initialize_backend_stores(database, database, artifacts)
-    config = uvicorn.Config(app, access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S)
+    config = uvicorn.Config(
+        serve_without_assistant, access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S
+    )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(listener))])
 
 
