@@ -1,0 +1,159 @@
+"""What each effect of the lifecycle does to the outside world. Doing it again changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from flops.core.cluster import ServiceSpec
+from flops.core.effects import Effect, EffectKind
+from flops.core.events import (
+    LifecycleEvent,
+    ModelPackaged,
+    PlacementDecided,
+    RepositoryResolved,
+    ServicesEnded,
+)
+from flops.core.ids import NodeId, ProjectId, ServiceId
+from flops.core.placement import place_inference, place_project
+from flops.core.project import Environment, Project, Stage
+from flops.errors import ErrorCode, FlopsError
+from flops.manager.options import EngineOptions
+from flops.manager.service_specs import aggregator_spec, builder_spec, inference_spec, learner_specs
+from flops.ports import Blobs, MLRepos, Orchestrator, ProjectStore, Tracker
+
+_log = logging.getLogger(__name__)
+
+
+class EffectRunner:
+    """Does effects.
+
+    Args:
+        store: projects; read, and for a deletion removed.
+        orchestrator: the cluster.
+        repos: Git repositories with training code.
+        blobs: bundles and locks.
+        options: the engine's options.
+        tracker: the record of experiments, to remove those of deleted projects; None leaves them.
+    """
+
+    def __init__(
+        self,
+        store: ProjectStore,
+        orchestrator: Orchestrator,
+        repos: MLRepos,
+        blobs: Blobs,
+        options: EngineOptions,
+        tracker: Tracker | None,
+    ) -> None:
+        self._store = store
+        self._orchestrator = orchestrator
+        self._repos = repos
+        self._blobs = blobs
+        self._options = options
+        self._tracker = tracker
+        self._actions: Mapping[EffectKind, Callable[[Project, Effect], LifecycleEvent | None]] = {
+            EffectKind.RESOLVE_REPOSITORY: self._resolve_repository,
+            EffectKind.DECIDE_PLACEMENT: self._decide_placement,
+            EffectKind.START_BUILDER: self._start_builder,
+            EffectKind.START_AGGREGATOR: self._start_aggregator,
+            EffectKind.START_LEARNERS: self._start_learners,
+            EffectKind.BUILD_INFERENCE: self._verify_package,
+            EffectKind.START_INFERENCE: self._start_inference,
+            EffectKind.STOP_SERVICES: self._stop_services,
+            EffectKind.DELETE_PROJECT: self._delete_project,
+        }
+
+    def run(self, effect: Effect) -> LifecycleEvent | None:
+        """Do an effect; returns what came of it, None when there is nothing to tell.
+
+        Raises:
+            FlopsError: whatever is in the way.
+        """
+        project = self._find(effect.project_id)
+        if project is None:
+            return None
+        is_ending = project.stage.is_final or project.stage is Stage.STOPPING
+        if is_ending and effect.kind not in {EffectKind.STOP_SERVICES, EffectKind.DELETE_PROJECT}:
+            return None
+        return self._actions[effect.kind](project, effect)
+
+    def _find(self, project_id: ProjectId) -> Project | None:
+        try:
+            return self._store.get(project_id)
+        except FlopsError as exc:
+            if exc.code is ErrorCode.PROJECT_NOT_FOUND:
+                return None
+            raise
+
+    def _resolve_repository(self, project: Project, _effect: Effect) -> LifecycleEvent:
+        sla = project.sla
+        repository = self._repos.resolve(sla.ml_repo_url, sla.ml_repo_ref, sla.ml_model_flavor.value)
+        environment = self._store.find_environment(repository.environment_key)
+        if environment is not None and not self._is_stored(environment):
+            environment = None
+        return RepositoryResolved(repository=repository, environment=environment)
+
+    def _is_stored(self, environment: Environment) -> bool:
+        return self._blobs.has(environment.lock) and self._blobs.has(environment.model_lock)
+
+    def _decide_placement(self, project: Project, _effect: Effect) -> LifecycleEvent:
+        nodes = self._orchestrator.nodes()
+        placement = place_project(project.sla, nodes, needs_build=project.environment is None)
+        chosen = {placement.aggregator, placement.builder, placement.inference, *placement.learners}
+        names = {str(node.id): node.name for node in nodes if node.id in chosen}
+        return PlacementDecided(placement=placement, nodes=names)
+
+    def _start_builder(self, project: Project, _effect: Effect) -> None:
+        self._start(builder_spec(project))
+
+    def _start_aggregator(self, project: Project, _effect: Effect) -> None:
+        self._start(aggregator_spec(project, self._options))
+
+    def _start_learners(self, project: Project, effect: Effect) -> None:
+        address, generation = effect.payload["address"], effect.payload["generation"]
+        for spec in learner_specs(project, address, generation, self._options):
+            self._start(spec)
+
+    def _verify_package(self, project: Project, _effect: Effect) -> LifecycleEvent:
+        bundle = project.model.bundle if project.model else None
+        if bundle is None or not self._blobs.has(bundle):
+            raise FlopsError(
+                ErrorCode.MODEL_EXPORT_FAILED,
+                f"The trained model of project {project.id} was not stored: its bundle is missing.",
+                hint="Look at the aggregator's log: `flops project logs`.",
+            )
+        if project.environment is None or not self._blobs.has(project.environment.model_lock):
+            raise FlopsError(
+                ErrorCode.ENVIRONMENT_BUILD_FAILED,
+                f"The lock of the environment that serves project {project.id}'s model is missing.",
+            )
+        return ModelPackaged()
+
+    def _start_inference(self, project: Project, _effect: Effect) -> None:
+        preferred: NodeId | None = project.placement.inference if project.placement else None
+        node_id = place_inference(project.sla, self._orchestrator.nodes(), preferred=preferred)
+        self._start(inference_spec(project, node_id, self._options))
+
+    def _start(self, spec: ServiceSpec) -> None:
+        self._orchestrator.start_service(spec)
+        if self._find(ProjectId(spec.project_id)) is None:  # deleted meanwhile, with what it had then
+            self._orchestrator.remove_service(spec.id)
+
+    def _stop_services(self, project: Project, effect: Effect) -> LifecycleEvent | None:
+        asked = [ServiceId(service) for service in effect.payload["services"]]
+        for service_id in asked:
+            self._orchestrator.stop_service(service_id)
+        known = {service.spec.id: service for service in self._orchestrator.services(project.id)}
+        ended = tuple(s for s in asked if s not in known or known[s].status.state.is_final)
+        return ServicesEnded(services=ended) if ended else None
+
+    def _delete_project(self, project: Project, _effect: Effect) -> None:
+        for service in self._orchestrator.services(project.id):
+            self._orchestrator.remove_service(service.spec.id)
+        if self._tracker is not None:
+            try:
+                self._tracker.delete(project.id)
+            except FlopsError as exc:  # the user asked for the project's end: MLflow must not prevent it
+                _log.warning("the experiment of project %s was left behind: %s", project.id, exc)
+        self._store.delete(project.id)

@@ -1,0 +1,26 @@
+"""What the project engine is told about its surroundings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of the project engine.
+
+    Args:
+        tracking_uri: base URL of the MLflow server, for aggregators.
+        secret: kept by the control plane over restarts; the tokens of learners are derived from it.
+        inference_port: first port an inference service tries.
+        retry_for_s: how long an effect is repeated that fails for a reason that may pass.
+        reconnect_grace_s: how long placement waits for nodes that may only be about to reconnect.
+        workers: effects that run at the same time.
+    """
+
+    tracking_uri: str
+    secret: bytes
+    inference_port: int = 8080
+    retry_for_s: float = 60.0
+    reconnect_grace_s: float = 10.0
+    workers: int = 8

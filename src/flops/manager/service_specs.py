@@ -1,0 +1,220 @@
+"""The services of projects and mock data providers, as they are asked of the cluster. Pure.
+
+The same project gives the same specs with the same ids, so an effect that runs again starts nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Sequence
+
+from flops.core.cluster import ServiceKind, ServiceSpec
+from flops.core.ids import NodeId, make_service_id
+from flops.core.placement import aggregator_resources, learner_resources
+from flops.core.project import Environment, MockData, Placement, Project, Repository, TrainedModel
+from flops.core.sla import MockDataSla
+from flops.errors import ErrorCode, FlopsError
+from flops.manager.options import EngineOptions
+from flops.wire.services import (
+    AggregatorConfig,
+    BuilderConfig,
+    InferenceConfig,
+    LearnerConfig,
+    MockProviderConfig,
+)
+
+_RESTARTS = 5  # after crashes; a service that tells why it fails is not helped by more
+
+
+def builder_spec(project: Project) -> ServiceSpec:
+    """The builder of a project's environment."""
+    repository, placement = _repository(project), _placement(project)
+    if placement.builder is None:
+        raise _missing(project, "a node for its builder")
+    config = BuilderConfig(
+        flavor=project.sla.ml_model_flavor.value, environment_key=repository.environment_key
+    )
+    return ServiceSpec(
+        id=make_service_id(ServiceKind.BUILDER.value, project.id),
+        project_id=project.id,
+        kind=ServiceKind.BUILDER,
+        node_id=placement.builder,
+        config=config.model_dump(mode="json"),
+        bundle=repository.bundle,
+        max_restarts=1,
+    )
+
+
+def aggregator_spec(project: Project, options: EngineOptions) -> ServiceSpec:
+    """The aggregator of a project."""
+    repository, environment = _repository(project), _environment(project)
+    training = project.sla.training_configuration
+    config = AggregatorConfig(
+        project_id=project.id,
+        customer_id=project.sla.customer_id,
+        flavor=project.sla.ml_model_flavor.value,
+        rounds=training.training_rounds,
+        min_available_clients=training.min_available_clients,
+        min_fit_clients=training.min_fit_clients,
+        min_evaluate_clients=training.min_evaluate_clients,
+        strategy=training.strategy,
+        round_timeout_s=training.round_timeout_s,
+        target_metric=training.target_metric,
+        early_stopping=training.early_stopping,
+        seed=training.seed,
+        learner_token=learner_token(project, options.secret),
+        tracking_uri=options.tracking_uri,
+        model_name=f"flops-{project.id}",
+        tags={
+            "flops.project_id": project.id,
+            "flops.customer_id": project.sla.customer_id,
+            "flops.ml_repo_url": _without_credentials(project.sla.ml_repo_url),
+            "flops.ml_repo_commit": repository.commit,
+            "flops.data_tags": ",".join(training.data_tags),
+        },
+    )
+    return ServiceSpec(
+        id=make_service_id(ServiceKind.AGGREGATOR.value, project.id),
+        project_id=project.id,
+        kind=ServiceKind.AGGREGATOR,
+        node_id=_placement(project).aggregator,
+        config=config.model_dump(mode="json"),
+        bundle=repository.bundle,
+        environment=environment.lock,
+        model_environment=environment.model_lock,
+        resources=aggregator_resources(project.sla.resource_constraints),
+        max_restarts=_RESTARTS,
+    )
+
+
+def learner_specs(
+    project: Project, address: str, generation: int, options: EngineOptions
+) -> list[ServiceSpec]:
+    """The learners of a project for the aggregator at an address; those on one node share its data."""
+    repository, environment = _repository(project), _environment(project)
+    nodes = _placement(project).learners
+    parts, seen = Counter(nodes), Counter[NodeId]()
+    specs = []
+    for number, node_id in enumerate(nodes, start=1):
+        config = LearnerConfig(
+            project_id=project.id,
+            aggregator=address,
+            learner_token=learner_token(project, options.secret),
+            data_tags=project.sla.training_configuration.data_tags,
+            part=seen[node_id],
+            parts=parts[node_id],
+            seed=project.sla.training_configuration.seed,
+        )
+        seen[node_id] += 1
+        specs.append(
+            ServiceSpec(
+                id=make_service_id(ServiceKind.LEARNER.value, project.id, number, generation),
+                project_id=project.id,
+                kind=ServiceKind.LEARNER,
+                node_id=node_id,
+                config=config.model_dump(mode="json"),
+                bundle=repository.bundle,
+                environment=environment.lock,
+                resources=learner_resources(project.sla.resource_constraints),
+                max_restarts=_RESTARTS,
+            )
+        )
+    return specs
+
+
+def inference_spec(project: Project, node_id: NodeId, options: EngineOptions) -> ServiceSpec:
+    """The inference service of a project's best model."""
+    model = _model(project)
+    config = InferenceConfig(
+        project_id=project.id,
+        model_name=model.name,
+        model_version=model.version,
+        port=options.inference_port,
+    )
+    return ServiceSpec(
+        id=make_service_id(ServiceKind.INFERENCE.value, project.id),
+        project_id=project.id,
+        kind=ServiceKind.INFERENCE,
+        node_id=node_id,
+        config=config.model_dump(mode="json"),
+        bundle=model.bundle,
+        model_environment=_environment(project).model_lock,
+        resources=learner_resources(project.sla.resource_constraints),
+        max_restarts=1_000,  # it serves until somebody stops it
+    )
+
+
+def assign_partitions(nodes: Sequence[NodeId], partitions: int) -> dict[NodeId, tuple[int, ...]]:
+    """Deal partitions out to nodes in turn; a node that gets none is left out."""
+    return {
+        node_id: tuple(range(index, partitions, len(nodes)))
+        for index, node_id in enumerate(nodes)
+        if index < partitions
+    }
+
+
+def mock_provider_specs(mock_data: MockData) -> list[ServiceSpec]:
+    """The services of a mock data provider, one per node."""
+    configuration = MockDataSla.model_validate(mock_data.sla).mock_data_configuration
+    shares = assign_partitions(mock_data.node_ids, configuration.number_of_partitions)
+    specs = []
+    for service_id, node_id in zip(mock_data.services, mock_data.node_ids, strict=True):
+        config = MockProviderConfig(
+            mock_data_id=mock_data.id,
+            configuration=configuration,
+            partitions=shares[node_id],
+            dataset_blob=mock_data.dataset_blob,
+        )
+        specs.append(
+            ServiceSpec(
+                id=service_id,
+                project_id=mock_data.id,
+                kind=ServiceKind.MOCK_DATA_PROVIDER,
+                node_id=node_id,
+                config=config.model_dump(mode="json"),
+                max_restarts=1,
+            )
+        )
+    return specs
+
+
+def learner_token(project: Project, secret: bytes) -> str:
+    """What learners show to their aggregator; derived, so that it is stored nowhere and never shown."""
+    return hmac.new(secret, f"learner:{project.id}".encode(), hashlib.sha256).hexdigest()
+
+
+def _without_credentials(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}://{rest.rsplit('@', 1)[-1]}" if separator else url
+
+
+def _repository(project: Project) -> Repository:
+    if project.repository is None:
+        raise _missing(project, "its repository")
+    return project.repository
+
+
+def _environment(project: Project) -> Environment:
+    if project.environment is None:
+        raise _missing(project, "its environment")
+    return project.environment
+
+
+def _placement(project: Project) -> Placement:
+    if project.placement is None:
+        raise _missing(project, "its placement")
+    return project.placement
+
+
+def _model(project: Project) -> TrainedModel:
+    if project.model is None:
+        raise _missing(project, "its model")
+    return project.model
+
+
+def _missing(project: Project, what: str) -> FlopsError:
+    return FlopsError(
+        ErrorCode.INTERNAL, f"Project {project.id} is {project.stage.value}, but {what} is unknown."
+    )
