@@ -149,13 +149,14 @@ class ClusterOrchestrator:
             service = self._records.services.get(service_id)
             if service is None or service.status.state.is_final:
                 return
-            service = self._records.ask_to_stop(service)
             node = self._records.nodes[service.spec.node_id]
             if node.is_connected:
+                self._records.ask_to_stop(service)
                 self._send(node.id, StopService(service_id=service_id))
             else:
                 detail = f"Its node {node.name} is away, and ends it when it comes back."
-                self._records.put_status(service, status_when_given_up(service, detail))
+                given_up = service.model_copy(update={"should_run": False})
+                self._records.put_status(given_up, status_when_given_up(given_up, detail))
 
     def remove_service(self, service_id: ServiceId) -> None:
         """Stop a service and have its files removed from its node. An unknown service is no error.
@@ -345,12 +346,12 @@ class ClusterOrchestrator:
         return None
 
     def _lose(self, node_id: NodeId, why: str) -> None:
+        # The node comes last: a kill, or a store that fails, in between leaves it to a later tick.
         node = self._records.nodes[node_id]
-        self._records.put_node(node.model_copy(update={"is_connected": False}))
         for service in self._records.services_of(node_id):
             detail = f"Its node {node.name} {why}."
             self._records.put_status(service, status_when_node_lost(service, detail))
-        # Only now: if the store failed above, the next tick tries again.
+        self._records.put_node(node.model_copy(update={"is_connected": False}))
         self._heard_at_s.pop(node_id, None)
         session = self._sessions.pop(node_id, None)
         if session is not None:

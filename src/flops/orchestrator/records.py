@@ -56,14 +56,12 @@ class ClusterRecords:
         self._store.put_service(service)
         self.services[spec.id] = service
 
-    def ask_to_stop(self, service: Service) -> Service:
-        """Store that a service should not run; returns the changed service."""
-        if not service.should_run:
-            return service
-        changed = service.model_copy(update={"should_run": False, "updated_at_s": self._clock.now_s()})
-        self._store.put_service(changed)
-        self.services[service.spec.id] = changed
-        return changed
+    def ask_to_stop(self, service: Service) -> None:
+        """Store that a service should not run."""
+        if service.should_run:
+            changed = service.model_copy(update={"should_run": False, "updated_at_s": self._clock.now_s()})
+            self._store.put_service(changed)
+            self.services[service.spec.id] = changed
 
     def put_status(self, service: Service, status: ServiceStatus | None) -> None:
         """Store a service's new status with its event; None changes nothing."""
