@@ -41,6 +41,7 @@ class ActorContext:
         kit_dir: folder to put on PYTHONPATH for processes of the project's environments.
         project_python: interpreter of the project's environment, "" when the spec names none.
         model_python: interpreter of the environment that saves and serves models, "" likewise.
+        environments_dir: folder of the node's virtual environments, shared by its services.
         data_address: ``host:port`` of the node's ML data server, "" when the node has none.
         data_token: token for it with the rights this service needs, and no more.
         config: the kind's configuration, one of the models of `flops.wire.services`, as JSON.
@@ -56,6 +57,7 @@ class ActorContext:
     kit_dir: str = ""
     project_python: str = ""
     model_python: str = ""
+    environments_dir: str = ""
     data_address: str = ""
     data_token: str = ""
     config: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,136 @@
+"""The node's WebSocket connection to its cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+
+from pydantic import ValidationError
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.sync.client import ClientConnection, connect
+
+from flops.errors import ErrorCode, FlopsError
+from flops.wire.node import FROM_CLUSTER, FromCluster, FromNode
+
+OPEN_TIMEOUT_S = 5.0
+_PING_INTERVAL_S = 5.0
+_PING_TIMEOUT_S = 10.0  # a cluster that is silent for longer is dialled anew
+_CLOSE_TIMEOUT_S = 1.0
+_MAX_MESSAGE_BYTES = 64 * 1024**2
+
+
+class WebSocketLink:
+    """Implements the `ClusterConnection` of `flops.node.session`.
+
+    Args:
+        connection: an open connection.
+        stack: closes it.
+        cluster: its address, for messages.
+    """
+
+    def __init__(self, connection: ClientConnection, stack: contextlib.ExitStack, cluster: str) -> None:
+        self._connection = connection
+        self._stack = stack
+        self._cluster = cluster
+
+    def send(self, message: FromNode) -> None:
+        """Send a message.
+
+        Raises:
+            FlopsError: ``unreachable`` when the connection has ended.
+        """
+        try:
+            self._connection.send(message.model_dump_json())
+        except (ConnectionClosed, OSError) as exc:
+            raise self._ended(exc) from exc
+
+    def receive(self, timeout_s: float) -> FromCluster | None:
+        """The next message; None when none comes in time, or for one this version does not know.
+
+        Raises:
+            FlopsError: ``unreachable`` when the connection has ended.
+        """
+        try:
+            text = self._connection.recv(timeout=timeout_s)
+        except TimeoutError:
+            return None
+        except (ConnectionClosed, OSError) as exc:
+            raise self._ended(exc) from exc
+        try:
+            return FROM_CLUSTER.validate_json(text)
+        except ValidationError:
+            return None
+
+    def close(self) -> None:
+        """End the connection; never raises."""
+        with contextlib.suppress(ConnectionClosed, OSError):
+            self._stack.close()
+
+    def _ended(self, exc: Exception) -> FlopsError:
+        reason = exc.rcvd.reason if isinstance(exc, ConnectionClosed) and exc.rcvd is not None else ""
+        why = f": {reason}" if reason else ""
+        return FlopsError(
+            ErrorCode.UNREACHABLE, f"The connection to the cluster at {self._cluster} ended{why}."
+        )
+
+
+def dial_cluster(
+    cluster: str, *, tls: ssl.SSLContext | None = None, timeout_s: float = OPEN_TIMEOUT_S
+) -> WebSocketLink:
+    """Open a connection to a cluster.
+
+    Args:
+        cluster: ``host:port``.
+        tls: how to encrypt; None not to.
+        timeout_s: how long opening may take.
+
+    Raises:
+        FlopsError: ``unreachable``.
+    """
+    scheme = "wss" if tls is not None else "ws"
+    stack = contextlib.ExitStack()
+    try:
+        # A cluster is in the same network: a proxy for the Internet does not lead there.
+        connecting = connect(
+            f"{scheme}://{cluster}/api/node/link",
+            ssl=tls,
+            proxy=None,
+            compression=None,
+            open_timeout=timeout_s,
+            close_timeout=_CLOSE_TIMEOUT_S,
+            ping_interval=_PING_INTERVAL_S,
+            ping_timeout=_PING_TIMEOUT_S,
+            max_size=_MAX_MESSAGE_BYTES,
+        )
+        connection = stack.enter_context(connecting)
+    except (OSError, TimeoutError, InvalidHandshake, InvalidURI) as exc:
+        stack.close()
+        raise FlopsError(ErrorCode.UNREACHABLE, f"No cluster answers at {cluster}: {_reason(exc)}.") from exc
+    return WebSocketLink(connection, stack, cluster)
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, InvalidStatus):
+        return f"it speaks HTTP, but is no FLOps cluster (status {exc.response.status_code})"
+    if isinstance(exc, TimeoutError):
+        return "time-out"
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return str(exc).rstrip(".") or type(exc).__name__
+
+
+def client_tls(certificate: str, key: str) -> ssl.SSLContext:
+    """How a node encrypts its connection, showing its own certificate if it has one.
+
+    Raises:
+        FlopsError: ``file_unreadable``.
+    """
+    context = ssl.create_default_context()
+    if certificate:
+        try:
+            context.load_cert_chain(certificate, key or None)
+        except (OSError, ssl.SSLError) as exc:
+            raise FlopsError(
+                ErrorCode.FILE_UNREADABLE, f"The certificate {certificate} cannot be used: {exc}."
+            ) from exc
+    return context

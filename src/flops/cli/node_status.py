@@ -1,0 +1,109 @@
+"""``NodeEngine status``: what this node is doing."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from flops.cli.output import print_facts, print_line
+
+if TYPE_CHECKING:
+    from flops.node.configuration import NodeConfiguration
+    from flops.node.paths import NodePaths
+    from flops.node.report import NodeReport
+
+_STALE_AFTER_S = 10.0
+_SYMBOLS = {"healthy": "🟢", "starting": "🟡", "unhealthy": "🔴"}
+
+
+def status_data(paths: NodePaths, conf: NodeConfiguration, report: NodeReport | None) -> dict[str, Any]:
+    """The node's state for programs."""
+    return {
+        "is_running": report is not None,
+        "home": str(paths.home),
+        "configuration": str(paths.conf),
+        "log": str(paths.log),
+        "configured_cluster": conf.cluster,
+        "configured_addons": conf.addons,
+        "node": None if report is None else report.model_dump(mode="json"),
+    }
+
+
+def show_status(
+    paths: NodePaths, conf: NodeConfiguration, report: NodeReport | None, pid: int | None
+) -> None:
+    """Print the node's state for people."""
+    if report is None:
+        state = (
+            "not running" if pid is None else f"running (process {pid}), but it tells nothing about itself"
+        )
+        print_line(f"NodeEngine: {'🔴' if pid is None else '🟡'} {state}")
+        facts = [("cluster", f"{conf.cluster} (configured)"), ("home", paths.home), ("log", paths.log)]
+        print_facts(facts)
+        _show_configured_addons(conf)
+        return
+    print_line(f"NodeEngine: 🟢 running since {_time(report.started_at_s)} (process {report.pid})")
+    age_s = time.time() - report.written_at_s  # noqa: TID251 (compared with the time in the file)
+    print_facts(
+        [
+            ("node", f"{report.name} ({report.node_id})"),
+            ("version", report.version),
+            ("cluster", _cluster(report)),
+            ("limits", ", ".join(report.limits) or "none"),
+            ("not limited", report.limits_note),
+            ("home", paths.home),
+            ("log", paths.log),
+            ("attention", f"this is {age_s:.0f} s old" if age_s > _STALE_AFTER_S else ""),
+        ]
+    )
+    _show_addons(conf, report)
+    _show_services(report)
+    _show_tags(report)
+
+
+def _cluster(report: NodeReport) -> str:
+    since = _time(report.link_since_s)
+    if report.is_connected:
+        return f"{report.cluster_address} 🟢 connected since {since}"
+    return f"{report.cluster_address} 🔴 not connected since {since}: {report.link_detail}"
+
+
+def _show_configured_addons(conf: NodeConfiguration) -> None:
+    print_line("Addons:" if conf.addons else "Addons: none")
+    for name, is_on in conf.addons.items():
+        print_line(f"     - {name}: {'on' if is_on else 'off'}")
+
+
+def _show_addons(conf: NodeConfiguration, report: NodeReport) -> None:
+    off = [name for name, is_on in conf.addons.items() if not is_on and name not in report.active_addons]
+    print_line("Addons:" if report.addons or off else "Addons: none")
+    for addon in report.addons:
+        detail = f" ({addon.detail})" if addon.detail else ""
+        print_line(f"     - {addon.name}: {_SYMBOLS[addon.state.value]} {addon.state.value}{detail}")
+    for name in off:
+        print_line(f"     - {name}: off")
+
+
+def _show_services(report: NodeReport) -> None:
+    print_line("Services:" if report.services else "Services: none")
+    for line in report.services:
+        status = line.status
+        use = ""
+        if status.usage.processes:
+            use = (
+                f", {status.usage.memory_mb:.0f} MB, {status.usage.cpu_percent:.0f} % CPU,"
+                f" {status.usage.processes} processes"
+            )
+        detail = f" ({status.detail})" if status.detail else ""
+        print_line(f"     - {status.service_id}: {status.state.value}{use}{detail}")
+
+
+def _show_tags(report: NodeReport) -> None:
+    print_line("Data tags:" if report.data_tags else "Data tags: none")
+    for tag in report.data_tags:
+        print_line(f"     - {tag.name}: {tag.rows} rows, {tag.size_bytes / 1e6:.1f} MB")
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(sep=" ", timespec="seconds")

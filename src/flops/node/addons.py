@@ -1,0 +1,278 @@
+"""The addons of a node: what they start, how they are, and what they contribute."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flops.core.cluster import IMAGE_BUILDER_ADDON, Addon, AddonState, DataTag, Resources, ServiceState
+from flops.core.ids import ServiceId
+from flops.errors import CATALOGUE, ErrorCode, FlopsError
+from flops.node.backoff import Backoff
+from flops.ports import DataCatalog, Runtime
+
+DATA_SERVER = ServiceId("ml-data-server")
+CHECK_INTERVAL_S = 2.0
+QUICK_CHECK_INTERVAL_S = 0.1  # while it starts
+UNHEALTHY_AFTER_S = 20.0  # of starting
+_STOP_GRACE_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class NodeAddon(Protocol):
+    """An addon that is switched on."""
+
+    def check(self) -> float:
+        """Look after the addon, starting what is missing; returns seconds until the next look."""
+        ...
+
+    def stop(self) -> None:
+        """End what it started."""
+        ...
+
+    def state(self) -> Addon:
+        """How it is."""
+        ...
+
+    def data_tags(self) -> tuple[DataTag, ...]:
+        """Data that it holds."""
+        ...
+
+
+class ImageBuilder:
+    """The addon image-builder: nothing runs, but the tools must be there.
+
+    Args:
+        missing_tools: names of the tools that cannot be found.
+    """
+
+    def __init__(self, missing_tools: Callable[[], Sequence[str]]) -> None:
+        self._missing_tools = missing_tools
+        self._state = Addon(name=IMAGE_BUILDER_ADDON, state=AddonState.STARTING)
+
+    def check(self) -> float:
+        """Look for the tools."""
+        missing = self._missing_tools()
+        state = AddonState.UNHEALTHY if missing else AddonState.HEALTHY
+        detail = f"{' and '.join(missing)} cannot be found on PATH." if missing else ""
+        self._state = Addon(name=IMAGE_BUILDER_ADDON, state=state, detail=detail)
+        return 10.0
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+    def state(self) -> Addon:
+        """How it is."""
+        return self._state
+
+    def data_tags(self) -> tuple[DataTag, ...]:
+        """It holds none."""
+        return ()
+
+
+@dataclass(frozen=True)
+class DataServerPlan:
+    """How to run the ML data server.
+
+    Args:
+        argv: its command line, to which ``--port PORT`` is added.
+        env: its environment.
+        folder: its state; it writes ``endpoint.json`` there when it is ready.
+        host: address it listens on.
+        port: port it should have; a free one is taken when another program has it.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    folder: Path
+    host: str
+    port: int
+
+
+class DataServerAddon:
+    """The addon FLOps-learner: runs the ML data server, also after it crashed, and asks it for its tags.
+
+    Args:
+        name: the addon's name.
+        plan: how to run the server.
+        runtime: runs its process, which outlives the daemon.
+        open_catalog: connects to the server in a folder; raises ``unreachable``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plan: DataServerPlan,
+        runtime: Runtime,
+        open_catalog: Callable[[Path], DataCatalog],
+    ) -> None:
+        self._name = name
+        self._plan = plan
+        self._runtime = runtime
+        self._open_catalog = open_catalog
+        self._pauses = Backoff(0.5, 30.0)
+        self._start_at_s = 0.0
+        self._started_at_s: float | None = None
+        self._port_note = ""
+        self._is_port_taken = False
+        self._tags: tuple[DataTag, ...] = ()
+        self._state = Addon(name=name, state=AddonState.STARTING)
+
+    def state(self) -> Addon:
+        """How it is."""
+        return self._state
+
+    def data_tags(self) -> tuple[DataTag, ...]:
+        """What the server holds, as last heard."""
+        return self._tags
+
+    def check(self) -> float:
+        """Start the server if it does not run, and ask it for its tags."""
+        try:
+            return self._check()
+        except FlopsError as error:
+            self._set(AddonState.UNHEALTHY, error.message)
+            self._start_at_s = time.monotonic() + self._pauses.next_s()
+            return QUICK_CHECK_INTERVAL_S
+
+    def _check(self) -> float:
+        status = self._runtime.status(DATA_SERVER)
+        if status is None or status.state is not ServiceState.RUNNING:
+            if time.monotonic() < self._start_at_s:
+                return QUICK_CHECK_INTERVAL_S
+            if self._started_at_s is not None:
+                return self._take_end(None if status is None else status.exit_code)
+            self._start()
+            return QUICK_CHECK_INTERVAL_S
+        if self._started_at_s is None:
+            self._started_at_s = time.monotonic()  # an earlier daemon has started it
+        return self._ask()
+
+    def _start(self) -> None:
+        (self._plan.folder / "endpoint.json").unlink(missing_ok=True)
+        port = self._choose_port()
+        self._plan.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        argv = (*self._plan.argv, "--port", str(port))
+        self._runtime.start(DATA_SERVER, argv, self._plan.env, self._plan.folder, Resources())
+        self._started_at_s = time.monotonic()
+
+    def _choose_port(self) -> int:
+        if self._plan.port == 0 or self._is_port_taken or not _is_free(self._plan.host, self._plan.port):
+            return 0
+        return self._plan.port
+
+    def _take_end(self, exit_code: int | None) -> float:
+        self._started_at_s = None
+        self._tags = ()
+        if exit_code == CATALOGUE[ErrorCode.PORT_OCCUPIED].exit_code and not self._is_port_taken:
+            self._is_port_taken = True
+            return 0.0
+        lines = self._runtime.output(DATA_SERVER, tail_bytes=2_000).strip().splitlines()
+        last = f": {lines[-1][:300]}" if lines else ""
+        self._set(AddonState.UNHEALTHY, f"The ML data server ended with exit code {exit_code}{last}.")
+        _log.warning("%s", self._state.detail)
+        self._start_at_s = time.monotonic() + self._pauses.next_s()
+        return QUICK_CHECK_INTERVAL_S
+
+    def _ask(self) -> float:
+        started_at_s = self._started_at_s if self._started_at_s is not None else time.monotonic()
+        try:
+            self._tags = tuple(self._open_catalog(self._plan.folder).tags())
+        except FlopsError as error:
+            if (
+                self._state.state is AddonState.STARTING
+                and time.monotonic() - started_at_s < UNHEALTHY_AFTER_S
+            ):
+                return QUICK_CHECK_INTERVAL_S
+            self._set(AddonState.UNHEALTHY, error.message)
+            return CHECK_INTERVAL_S
+        self._pauses.reset()
+        self._set(AddonState.HEALTHY, self._port_sentence())
+        return CHECK_INTERVAL_S
+
+    def _port_sentence(self) -> str:
+        port = endpoint_port(self._plan.folder)
+        if self._plan.port in {0, port}:
+            return ""
+        return f"Port {self._plan.port} is taken by another program: the data server listens on port {port}."
+
+    def _set(self, state: AddonState, detail: str) -> None:
+        if state is not self._state.state:
+            _log.info("addon %s: %s %s", self._name, state.value, detail)
+        self._state = Addon(name=self._name, state=state, detail=detail)
+
+    def stop(self) -> None:
+        """End the server."""
+        self._runtime.stop(DATA_SERVER, grace_s=_STOP_GRACE_S)
+
+
+class Addons:
+    """All addons that are on, looked after in one thread each.
+
+    Args:
+        addons: the addons.
+    """
+
+    def __init__(self, addons: Sequence[NodeAddon]) -> None:
+        self._addons = addons
+        self._is_stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin to look after them."""
+        for addon in self._addons:
+            thread = threading.Thread(target=self._look_after, args=(addon,), name="addon", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _look_after(self, addon: NodeAddon) -> None:
+        while not self._is_stopping.is_set():
+            try:
+                pause_s = addon.check()
+            except Exception:  # noqa: BLE001 (a failing addon never takes the node with it)
+                _log.exception("an addon has a defect")
+                pause_s = CHECK_INTERVAL_S
+            self._is_stopping.wait(pause_s)
+
+    def stop(self) -> None:
+        """End what they started."""
+        self._is_stopping.set()
+        for thread in self._threads:
+            thread.join(10.0)
+        for addon in self._addons:
+            addon.stop()
+
+    def states(self) -> tuple[Addon, ...]:
+        """How they are."""
+        return tuple(addon.state() for addon in self._addons)
+
+    def data_tags(self) -> tuple[DataTag, ...]:
+        """Data on this node."""
+        return tuple(tag for addon in self._addons for tag in addon.data_tags())
+
+
+def endpoint_port(folder: Path) -> int:
+    """The port a data server listens on; 0 when it is not ready."""
+    try:
+        return int(json.loads((folder / "endpoint.json").read_text())["port"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _is_free(host: str, port: int) -> bool:
+    # A plain bind: gRPC would share a port with another program that allows it.
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

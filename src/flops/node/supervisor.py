@@ -1,0 +1,194 @@
+"""The services that the cluster placed on this node: which there are, and what becomes of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus
+from flops.core.ids import ServiceId
+from flops.errors import ErrorCode, FlopsError
+from flops.node.preparation import Preparer
+from flops.node.service_folder import ServiceFolder, folder_name
+from flops.node.service_runner import ServiceRunner
+from flops.ports import Runtime
+
+STOP_TIMEOUT_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Starts, watches and ends the node's services; thread-safe, and no method waits for a service.
+
+    Args:
+        root: one folder per service.
+        preparer: gets what a service needs.
+        runtime: runs processes.
+    """
+
+    def __init__(self, root: Path, preparer: Preparer, runtime: Runtime) -> None:
+        self._root = root
+        self._preparer = preparer
+        self._runtime = runtime
+        self._lock = threading.Lock()
+        self._runners: dict[ServiceId, ServiceRunner] = {}
+        self._removals: dict[ServiceId, threading.Thread] = {}
+        self._workers: set[threading.Thread] = set()
+
+    def adopt(self) -> None:
+        """Take over the services that an earlier daemon left: those that run are watched.
+
+        What did not run waits for the cluster to say whether it should. To be called once, first.
+        """
+        if not self._root.is_dir():
+            return
+        for path in sorted(self._root.iterdir()):
+            folder = ServiceFolder(path)
+            spec = folder.load_spec()
+            if spec is None or spec.id != path.name:
+                _log.warning("%s holds no service, and is removed", path)
+                folder.remove()
+                continue
+            runner = self._make_runner(spec, known=True)
+            self._runners[spec.id] = runner
+            if not runner.status.state.is_final and self._runtime.status(spec.id) is not None:
+                runner.start()
+
+    def start(self, spec: ServiceSpec) -> None:
+        """Run a service. One that is known already is left alone."""
+        with self._lock:
+            if spec.id not in self._runners:
+                self._start_new(spec)
+
+    def ensure(self, services: Iterable[ServiceSpec], stopping: Iterable[str]) -> None:
+        """Bring the node to what the cluster wants: no service that is not listed, those listed running.
+
+        A service that has completed or failed is not run again; one that was ended with its node is.
+
+        Args:
+            services: what this node should have.
+            stopping: ids of those that must not run.
+        """
+        wanted = {spec.id: spec for spec in services}
+        must_not_run = set(stopping)
+        for service_id in self.ids():
+            if service_id not in wanted:
+                self.remove(service_id)
+        for spec in wanted.values():
+            if spec.id in must_not_run:
+                self.stop(spec.id)
+            else:
+                self._bring_up(spec)
+
+    def _bring_up(self, spec: ServiceSpec) -> None:
+        with self._lock:
+            runner = self._runners.get(spec.id)
+            if runner is None:
+                self._start_new(spec)
+            elif runner.status.state is ServiceState.STOPPED:
+                self._runners[spec.id] = self._make_runner(spec, known=True)
+                self._runners[spec.id].start()
+            elif not runner.status.state.is_final:
+                runner.start()
+
+    def stop(self, service_id: ServiceId) -> None:
+        """End a service; its files stay. An unknown or ended one is no error."""
+        with self._lock:
+            runner = self._runners.get(service_id)
+            if runner is not None and not runner.status.state.is_final:
+                runner.ask_to_stop()
+                self._work(functools.partial(runner.stop, "It was asked to stop.", timeout_s=STOP_TIMEOUT_S))
+
+    def remove(self, service_id: ServiceId) -> None:
+        """End a service and remove everything of it. An unknown one is no error."""
+        with self._lock:
+            runner = self._runners.pop(service_id, None)
+            if runner is not None:
+                _log.info("%s is removed", service_id)
+                self._removals[service_id] = self._work(runner.remove)
+
+    def stop_all(self, detail: str) -> None:
+        """End every service, and wait until none runs."""
+        with self._lock:
+            active = [runner for runner in self._runners.values() if not runner.status.state.is_final]
+            for runner in active:
+                runner.ask_to_stop(detail)
+            for runner in active:
+                self._work(functools.partial(runner.stop, detail, timeout_s=STOP_TIMEOUT_S))
+        self.join()
+
+    def join(self) -> None:
+        """Wait until what was asked for is done."""
+        for worker in list(self._workers):
+            worker.join(STOP_TIMEOUT_S * 2)
+
+    def ids(self) -> list[ServiceId]:
+        """Ids of all services."""
+        with self._lock:
+            return list(self._runners)
+
+    def specs(self) -> dict[ServiceId, ServiceSpec]:
+        """What the services are."""
+        with self._lock:
+            return {service_id: runner.spec for service_id, runner in self._runners.items()}
+
+    def statuses(self, *, with_usage: bool = False) -> Mapping[ServiceId, ServiceStatus]:
+        """Where every service stands; measuring what they use takes milliseconds."""
+        with self._lock:
+            statuses = {service_id: runner.status for service_id, runner in self._runners.items()}
+        if not with_usage:
+            return statuses
+        return {
+            service_id: status.model_copy(update={"usage": self._runtime.usage(service_id)})
+            if status.state is ServiceState.RUNNING
+            else status
+            for service_id, status in statuses.items()
+        }
+
+    def events_file(self, service_id: ServiceId) -> Path:
+        """The event log of a service."""
+        return ServiceFolder(self._root / folder_name(service_id)).events
+
+    def output(self, service_id: ServiceId, tail_bytes: int) -> str:
+        """The end of a service's output.
+
+        Raises:
+            FlopsError: ``service_not_found``.
+        """
+        if service_id not in self.ids():
+            raise FlopsError(ErrorCode.SERVICE_NOT_FOUND, f"Service {service_id} is not on this node.")
+        return self._runtime.output(service_id, tail_bytes=tail_bytes)
+
+    def _start_new(self, spec: ServiceSpec) -> None:
+        try:
+            folder_name(spec.id)
+        except FlopsError as error:
+            _log.warning("a service is not started: %s", error)
+            return
+        runner = self._make_runner(spec, known=False)
+        self._runners[spec.id] = runner
+        removal = self._removals.pop(spec.id, None)
+        self._work(functools.partial(_start_after, removal, runner))
+
+    def _make_runner(self, spec: ServiceSpec, *, known: bool) -> ServiceRunner:
+        folder = ServiceFolder(self._root / spec.id)
+        progress = folder.load(spec.id) if known else None
+        return ServiceRunner(spec, folder, self._preparer, self._runtime, progress)
+
+    def _work(self, task: Callable[[], None]) -> threading.Thread:
+        """Do something that waits, in a thread of its own."""
+        self._workers = {worker for worker in self._workers if worker.is_alive()}
+        worker = threading.Thread(target=task, name="supervisor", daemon=True)
+        self._workers.add(worker)
+        worker.start()
+        return worker
+
+
+def _start_after(removal: threading.Thread | None, runner: ServiceRunner) -> None:
+    if removal is not None:  # ids are never used twice; but a cluster that forgot and asks again is obeyed
+        removal.join()
+    runner.start()

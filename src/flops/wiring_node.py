@@ -1,0 +1,272 @@
+"""Joins the parts of a node's daemon. A part of `flops.wiring`, apart because importing it takes its time."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import uv
+
+from flops import __version__
+from flops.adapters.blob_client import HttpBlobClient
+from flops.adapters.control_groups import find_control_groups
+from flops.adapters.host_facts import LocalHost
+from flops.adapters.node_link import client_tls, dial_cluster
+from flops.adapters.process_runtime import ProcessRuntime
+from flops.adapters.system_clock import SystemClock
+from flops.core.cluster import (
+    IMAGE_BUILDER_ADDON,
+    LEARNER_ADDON,
+    NodeFacts,
+    Resources,
+    ServiceKind,
+    ServiceSpec,
+)
+from flops.core.project import Environment
+from flops.durable_file import write_durably
+from flops.errors import ErrorCode, FlopsError
+from flops.log import JsonFormatter, configure_logging
+from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuilder, NodeAddon, endpoint_port
+from flops.node.agent import NodeAgent
+from flops.node.bundles import BundleStore
+from flops.node.configuration import NodeConfiguration, default_configuration
+from flops.node.daemon import DaemonFacts, NodeDaemon
+from flops.node.home import keep_node_id, only_daemon
+from flops.node.paths import NodePaths
+from flops.node.preparation import NodeSite, Preparer
+from flops.node.service_environment import service_environment
+from flops.node.session import NodeView
+from flops.node.supervisor import Supervisor
+from flops.ports import DataCatalog, Environments, Runtime
+from flops.settings import NodeSettings, inherited_environment
+from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
+from flops.wiring import node_conf_file, node_paths
+
+_LOG_BYTES = 8 * 1024**2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeParts:
+    """What a node's daemon works with, apart from its own parts.
+
+    Args:
+        environments: builds virtual environments.
+        kit_dir: folder with our modules for projects' environments.
+        open_catalog: connects to the data server in a folder.
+    """
+
+    environments: Environments
+    kit_dir: Path
+    open_catalog: Callable[[Path], DataCatalog]
+
+
+def node_parts(paths: NodePaths) -> NodeParts:
+    """The parts of a real node."""
+    return NodeParts(environments=_environments(paths), kit_dir=paths.kit, open_catalog=_open_catalog)
+
+
+def run_node_daemon(arguments: list[str], make_parts: Callable[[NodePaths], NodeParts] = node_parts) -> int:
+    """Run a daemon until SIGTERM or SIGINT: ``[--home DIR] [--foreground]``.
+
+    Args:
+        arguments: the command line.
+        make_parts: what the daemon works with.
+
+    Returns:
+        The exit code. An error at the start is left in ``startup_error.json`` for whoever started us.
+    """
+    parser = argparse.ArgumentParser(prog="node")
+    parser.add_argument("--home", type=Path)
+    parser.add_argument("--foreground", action="store_true", help="also write the log that -d writes")
+    given = parser.parse_args(arguments)
+    configure_logging(NodeSettings.read().log_level)
+    paths = node_paths(given.home)
+    if given.foreground:
+        _log_to(paths.log)
+    try:
+        with only_daemon(paths.pid):
+            paths.startup_error.unlink(missing_ok=True)
+            paths.status.unlink(missing_ok=True)
+            daemon = build_daemon(paths, make_parts(paths))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: daemon.stop())
+            daemon.run()
+    except FlopsError as error:
+        _log.exception("NodeEngine did not start")
+        if error.code is not ErrorCode.ALREADY_RUNNING:
+            write_durably(paths.startup_error, json.dumps(error.to_dict()))
+        return error.spec.exit_code
+    return 0
+
+
+def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
+    """Join a node's daemon from its configuration.
+
+    Raises:
+        FlopsError: ``config_corrupt``, ``file_unreadable``, ``disk_full``.
+    """
+    conf = NodeConfiguration(node_conf_file(paths).load())
+    clock = SystemClock()
+    services, addon_runtime = node_runtimes(paths, conf)
+    host = LocalHost(paths.home, conf.cluster_address, __version__, is_public=conf.is_public)
+    name = socket.gethostname() if paths.home.name in {"node", "flops"} else _name_of(paths.home)
+    node_id = keep_node_id(paths.node_id)
+    tls = client_tls(*conf.client_certificate) if conf.is_cluster_tls else None
+    addons = _build_addons(paths, conf, host.address(), addon_runtime, parts.open_catalog)
+    blobs_url = f"{'https' if tls is not None else 'http'}://{conf.cluster}/api/blobs"
+    site = NodeSite(
+        name=name,
+        host=host.address(),
+        blobs_url=blobs_url,
+        kit_dir=parts.kit_dir,
+        environments_dir=paths.environments,
+        inherited=inherited_environment(),
+    )
+    fetch = HttpBlobClient(blobs_url, tls).fetch
+    bundles = BundleStore(paths.bundles, fetch)
+    access = _data_access(paths.data_server, site.host)
+    supervisor = Supervisor(
+        paths.services, Preparer(site, parts.environments, bundles, fetch, access), services
+    )
+    view = NodeView(
+        node_id=node_id,
+        name=name,
+        facts=functools.partial(_facts, host, services),
+        load=host.load,
+        addons=addons.states,
+        data_tags=addons.data_tags,
+    )
+    agent = NodeAgent(lambda: dial_cluster(conf.cluster, tls=tls), view, supervisor, clock)
+    facts = DaemonFacts(
+        node_id=node_id,
+        name=name,
+        version=__version__,
+        cluster_address=conf.cluster,
+        active_addons=conf.active_addons,
+        report_file=paths.status,
+    )
+    return NodeDaemon(facts, supervisor, addons, agent, services, clock)
+
+
+def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[ProcessRuntime, ProcessRuntime]:
+    """The runtimes of a node's services, and of its addons."""
+    groups = find_control_groups()
+    output = Path(conf.app_logs) if conf.app_logs else paths.output
+    return ProcessRuntime(paths.runtime, output, groups), ProcessRuntime(
+        paths.addon_runtime, paths.output, groups
+    )
+
+
+def end_leftovers(paths: NodePaths) -> int:
+    """End what a killed daemon has left running; returns how many services and addons that were."""
+    ended = 0
+    for runtime in node_runtimes(paths, default_configuration()):
+        for service_id in runtime.running():
+            runtime.stop(service_id)
+            ended += 1
+    return ended
+
+
+def _name_of(home: Path) -> str:
+    return f"{socket.gethostname()}-{home.name}"
+
+
+def _facts(host: LocalHost, runtime: Runtime) -> NodeFacts:
+    limits, note = runtime.limits()
+    return host.facts().model_copy(update={"limits": limits, "limits_note": note})
+
+
+def _build_addons(
+    paths: NodePaths,
+    conf: NodeConfiguration,
+    address: str,
+    runtime: Runtime,
+    open_catalog: Callable[[Path], DataCatalog],
+) -> Addons:
+    addons: list[NodeAddon] = []
+    if LEARNER_ADDON in conf.active_addons:
+        host = address if address.startswith("127.") else "0.0.0.0"  # noqa: S104 (devices send data here)
+        argv = (sys.executable, "-m", "flops.wiring", "data-server", "--dir", str(paths.data_server))
+        plan = DataServerPlan(
+            argv=(*argv, "--host", host),
+            env=service_environment(inherited_environment(), Resources()),
+            folder=paths.data_server,
+            host=host,
+            port=NodeSettings.read().data_port,
+        )
+        addons.append(DataServerAddon(LEARNER_ADDON, plan, runtime, open_catalog))
+    else:
+        for leftover in runtime.running():
+            runtime.stop(leftover)
+    if IMAGE_BUILDER_ADDON in conf.active_addons:
+        addons.append(ImageBuilder(_missing_tools))
+    return Addons(addons)
+
+
+def _missing_tools() -> list[str]:
+    missing = [] if shutil.which("git") else ["git"]
+    try:
+        uv.find_uv_bin()
+    except FileNotFoundError:
+        missing.append("uv")
+    return missing
+
+
+def _data_access(folder: Path, address: str) -> Callable[[ServiceSpec], tuple[str, str]]:
+    """Gives services the address of the data server, and a token for what they need and no more."""
+
+    def access(spec: ServiceSpec) -> tuple[str, str]:
+        if spec.kind is ServiceKind.LEARNER:
+            scope = Scope(Right.READ, tuple(spec.config["data_tags"]))
+        elif spec.kind is ServiceKind.MOCK_DATA_PROVIDER:
+            scope = Scope(Right.WRITE, (str(spec.config["configuration"]["data_tag"]),))
+        else:
+            return "", ""
+        port = endpoint_port(folder)
+        try:
+            token = (folder / TOKEN_FILE).read_text(encoding="ascii").strip()
+        except OSError:
+            token = ""
+        if not port or not token:
+            raise FlopsError(ErrorCode.UNREACHABLE, "The ML data server of this node is not ready.")
+        return f"{address}:{port}", mint_token(token, scope)
+
+    return access
+
+
+def _open_catalog(folder: Path) -> DataCatalog:
+    raise FlopsError(ErrorCode.UNREACHABLE, f"The client of the data server in {folder} is not joined yet.")
+
+
+class _NoEnvironments:
+    """Stands here until the builder of environments is joined."""
+
+    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
+        """Refuse."""
+        raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, "Environments are not joined yet.")
+
+    def materialise(self, lock: str, report: Callable[[str], None]) -> Path:
+        """Refuse."""
+        raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, "Environments are not joined yet.")
+
+
+def _environments(_paths: NodePaths) -> Environments:
+    return _NoEnvironments()
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(JsonFormatter())
+    logging.getLogger().addHandler(handler)
