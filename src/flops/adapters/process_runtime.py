@@ -130,13 +130,11 @@ class ProcessRuntime:
     def status(self, service_id: ServiceId) -> ServiceStatus | None:
         """The service's state, also after a restart of the caller; None when it was never started."""
         folder = self._folder(service_id)
-        is_alive = self._living_shim(folder) is not None
-        # In this order: a shim writes its last file before it ends.
+        if self._living_shim(folder) is not None:
+            return ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
         record = _read_json(folder / shim.EXIT_FILE)
         if record is not None:
             return _ended(service_id, record)
-        if is_alive:
-            return ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
         identity = _read_json(folder / shim.SHIM_FILE)
         if identity is None:
             return None

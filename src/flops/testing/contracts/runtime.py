@@ -1,0 +1,226 @@
+"""What every `flops.ports.Runtime` does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
+from flops.core.ids import ServiceId
+from flops.errors import ErrorCode
+from flops.ports import Runtime
+
+S1 = ServiceId("learner-p1-0")
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+
+
+def until(is_true: Callable[[], bool], *, timeout_s: float = 15.0) -> None:
+    """Wait until something holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline_s, "it did not become true in time"
+        time.sleep(0.01)
+
+
+class RuntimeContract:
+    """Subclass it, and provide the fixtures `runtime` and `reopen`."""
+
+    @pytest.fixture
+    def runtime(self) -> Runtime:
+        """A runtime without services; everything it runs is ended after the test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def reopen(self) -> Callable[[], Runtime]:
+        """Makes a new runtime on the state of `runtime`, as a new daemon does."""
+        raise NotImplementedError
+
+    def run(self, runtime: Runtime, work_dir: Path, code: str, resources: Resources | None = None) -> None:
+        """Start S1 as a Python program."""
+        argv = [sys.executable, "-I", "-c", code]
+        env = {"PATH": os.defpath, "MARK": "mine"}
+        runtime.start(S1, argv, env, work_dir, resources or Resources())
+
+    def end(self, runtime: Runtime) -> ServiceStatus:
+        """S1's status when it has ended."""
+        until(lambda: self.status(runtime).state is not ServiceState.RUNNING)
+        return self.status(runtime)
+
+    def status(self, runtime: Runtime) -> ServiceStatus:
+        """S1's status."""
+        status = runtime.status(S1)
+        assert status is not None
+        return status
+
+    def test_what_never_started_has_no_status(self, runtime: Runtime) -> None:
+        assert runtime.status(S1) is None
+        assert runtime.running() == []
+        assert runtime.usage(S1) == ServiceUsage()
+        assert runtime.output(S1) == ""
+        runtime.stop(S1)
+        runtime.remove(S1)
+
+    def test_exit_code_0_is_completed(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "import os; print(os.environ['MARK'], os.getcwd())")
+        status = self.end(runtime)
+        assert (status.state, status.exit_code, status.error) == (ServiceState.COMPLETED, 0, None)
+        assert runtime.output(S1) == f"mine {tmp_path}\n"
+
+    def test_another_exit_code_is_failed(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "import sys; print('why', file=sys.stderr); sys.exit(3)")
+        status = self.end(runtime)
+        assert (status.state, status.exit_code) == (ServiceState.FAILED, 3)
+        assert status.error is not None
+        assert status.error["code"] == ErrorCode.SERVICE_FAILED.value
+        assert runtime.output(S1) == "why\n"
+
+    def test_a_signal_is_told(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "import os; os.kill(os.getpid(), 11)")
+        status = self.end(runtime)
+        assert (status.state, status.exit_code) == (ServiceState.FAILED, -11)
+        assert "SIGSEGV" in status.detail
+
+    def test_a_program_that_is_not_there_fails(self, runtime: Runtime, tmp_path: Path) -> None:
+        runtime.start(S1, ["/nonexistent/program"], {}, tmp_path, Resources())
+        assert "/nonexistent/program cannot be started" in self.end(runtime).detail
+
+    def test_a_running_service_is_left_alone(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, SLEEP)
+        self.run(runtime, tmp_path, "raise SystemExit(9)")
+        assert runtime.running() == [S1]
+        assert self.status(runtime).state is ServiceState.RUNNING
+
+    def test_it_runs_again_after_its_end(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "raise SystemExit(9)")
+        assert self.end(runtime).exit_code == 9
+        self.run(runtime, tmp_path, "print('again')")
+        assert self.end(runtime).state is ServiceState.COMPLETED
+        assert runtime.output(S1).endswith("again\n")
+
+    def test_stop_ends_it(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, SLEEP)
+        until(lambda: runtime.output(S1) != "")
+        runtime.stop(S1)
+        assert self.status(runtime).state is ServiceState.STOPPED
+        assert runtime.running() == []
+
+    def test_stop_waits_for_a_polite_end(self, runtime: Runtime, tmp_path: Path) -> None:
+        code = (
+            "import signal, sys, time\n"
+            "def leave(*_): time.sleep(0.3); print('saved', flush=True); sys.exit(0)\n"
+            "signal.signal(signal.SIGTERM, leave); print('up', flush=True); time.sleep(600)"
+        )
+        self.run(runtime, tmp_path, code)
+        until(lambda: runtime.output(S1) != "")
+        runtime.stop(S1, grace_s=10)
+        assert runtime.output(S1) == "up\nsaved\n"
+        assert self.status(runtime).state is ServiceState.STOPPED
+
+    def test_stop_ends_what_does_not_listen(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}")
+        until(lambda: runtime.output(S1) != "")
+        started_s = time.monotonic()
+        runtime.stop(S1, grace_s=0.2)
+        assert time.monotonic() - started_s < 5
+        assert self.status(runtime).state is ServiceState.STOPPED
+
+    def test_stop_ends_processes_that_left_their_session(self, runtime: Runtime, tmp_path: Path) -> None:
+        code = (
+            "import os, time\n"
+            "if os.fork() == 0:\n"
+            "    os.setsid()\n"
+            "    if os.fork() == 0:\n"
+            "        open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid')\n"
+            "        time.sleep(600)\n"
+            "    os._exit(0)\n"
+            "time.sleep(600)"
+        )
+        self.run(runtime, tmp_path, code)
+        until((tmp_path / "pid").exists)
+        daemon = psutil.Process(int((tmp_path / "pid").read_text()))
+        assert runtime.usage(S1).processes == 2
+        runtime.stop(S1)
+        until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)
+
+    def test_the_end_of_its_main_process_is_the_end_of_all(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "import os, time\nif os.fork() == 0: time.sleep(600)\nprint('done')")
+        assert self.end(runtime).state is ServiceState.COMPLETED
+        assert runtime.running() == []
+
+    def test_use_is_measured(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "data = b'x' * 50_000_000; print('up', flush=True)\nwhile True: pass")
+        until(lambda: runtime.output(S1) != "")
+        runtime.usage(S1)
+        until(lambda: runtime.usage(S1).cpu_percent > 10)
+        usage = runtime.usage(S1)
+        assert usage.memory_mb > 45
+        assert usage.processes == 1
+
+    def test_the_end_of_the_output_is_given(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, "for i in range(1000): print(i)")
+        self.end(runtime)
+        assert runtime.output(S1, tail_bytes=8) == "998\n999\n"
+
+    def test_a_new_runtime_knows_what_runs(
+        self, runtime: Runtime, reopen: Callable[[], Runtime], tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, SLEEP)
+        later = reopen()
+        assert later.running() == [S1]
+        assert self.status(later).state is ServiceState.RUNNING
+        later.stop(S1)
+        assert self.status(runtime).state is ServiceState.STOPPED
+
+    def test_a_new_runtime_knows_how_it_ended(
+        self, runtime: Runtime, reopen: Callable[[], Runtime], tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, "raise SystemExit(7)")
+        self.end(runtime)
+        assert self.status(reopen()).exit_code == 7
+
+    def test_what_is_removed_is_forgotten(self, runtime: Runtime, tmp_path: Path) -> None:
+        self.run(runtime, tmp_path, SLEEP)
+        runtime.remove(S1)
+        assert runtime.status(S1) is None
+        assert runtime.output(S1) == ""
+
+    def test_limits_are_told(self, runtime: Runtime) -> None:
+        limits, why_not_all = runtime.limits()
+        assert set(limits) <= {"memory", "cpu", "pids"}
+        assert (len(limits) == 3) != bool(why_not_all)
+
+    def test_memory_is_limited(self, runtime: Runtime, tmp_path: Path) -> None:
+        if "memory" not in runtime.limits()[0]:
+            pytest.skip("memory is not limited here")
+        self.run(runtime, tmp_path, "x = b'x' * 300_000_000", Resources(memory_mb=100))
+        status = self.end(runtime)
+        assert status.state is ServiceState.FAILED
+        assert status.error is not None
+        assert status.error["code"] == ErrorCode.OUT_OF_MEMORY.value
+
+    def test_cpu_is_limited(self, runtime: Runtime, tmp_path: Path) -> None:
+        if "cpu" not in runtime.limits()[0]:
+            pytest.skip("CPU is not limited here")
+        code = (
+            "import time\nstart, used = time.monotonic(), time.process_time()\n"
+            "while time.monotonic() - start < 1.5: pass\nprint(time.process_time() - used)"
+        )
+        self.run(runtime, tmp_path, code, Resources(vcpus=0.2))
+        self.end(runtime)
+        assert float(runtime.output(S1)) < 0.6
+
+    def test_a_fork_bomb_is_limited_and_ends(self, runtime: Runtime, tmp_path: Path) -> None:
+        if "pids" not in runtime.limits()[0]:
+            pytest.skip("processes are not limited here")
+        code = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+        self.run(runtime, tmp_path, code, Resources(pids=30, vcpus=0.5))
+        until(lambda: runtime.usage(S1).processes == 30)
+        runtime.stop(S1, grace_s=0.2)
+        assert runtime.running() == []
+        assert self.status(runtime).state is ServiceState.STOPPED

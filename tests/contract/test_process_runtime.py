@@ -1,0 +1,130 @@
+"""Services as processes: the contract, and what is particular to shims and control groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flops.adapters.control_groups import ControlGroups, find_control_groups
+from flops.adapters.process_runtime import ProcessRuntime
+from flops.core.cluster import Resources, ServiceState
+from flops.core.ids import ServiceId
+from flops.errors import FlopsError
+from flops.ports import Runtime
+from flops.testing.contracts.runtime import S1, SLEEP, RuntimeContract, until
+
+NO_GROUPS = ControlGroups({}, is_unified=False, note="not here")
+
+
+def make_runtime(folder: Path, groups: ControlGroups, **options: int) -> ProcessRuntime:
+    return ProcessRuntime(folder / "runtime", folder / "output", groups, **options)
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("node")
+
+
+class TestProcessRuntime(RuntimeContract):
+    @pytest.fixture(params=[False, True], ids=["unlimited", "limited"])
+    def groups(self, request: pytest.FixtureRequest) -> ControlGroups:
+        return find_control_groups() if request.param else NO_GROUPS
+
+    @pytest.fixture
+    def runtime(self, folder: Path, groups: ControlGroups) -> Iterator[Runtime]:
+        runtime = make_runtime(folder, groups)
+        yield runtime
+        runtime.remove(S1)
+
+    @pytest.fixture
+    def reopen(self, folder: Path, groups: ControlGroups) -> Callable[[], Runtime]:
+        return lambda: make_runtime(folder, groups)
+
+
+class TestShim:
+    @pytest.fixture
+    def runtime(self, folder: Path) -> Iterator[ProcessRuntime]:
+        runtime = make_runtime(folder, NO_GROUPS, output_bytes=100_000)
+        yield runtime
+        runtime.remove(S1)
+
+    run = RuntimeContract.run
+    end = RuntimeContract.end
+    status = RuntimeContract.status
+
+    def shim(self, folder: Path) -> psutil.Process:
+        return psutil.Process(json.loads((folder / "runtime" / S1 / "shim.json").read_text())["pid"])
+
+    def test_a_killed_shim_takes_everything_with_it(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, f"import os; os.fork() or os.setsid(); {SLEEP}")
+        until(lambda: runtime.usage(S1).processes == 2)
+        shim = self.shim(folder)
+        processes = shim.children(recursive=True)
+        shim.send_signal(signal.SIGKILL)
+        status = self.end(runtime)
+        assert (status.state, status.exit_code) == (ServiceState.FAILED, -9)
+        until(lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes))
+
+    def test_a_flood_of_output_does_not_fill_the_disk(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, "for i in range(20_000): print(f'{i:99}')")
+        assert self.end(runtime).state is ServiceState.COMPLETED
+        sizes = [file.stat().st_size for file in (folder / "output").iterdir()]
+        assert len(sizes) == 2
+        assert sum(sizes) <= 200_000
+        assert runtime.output(S1, tail_bytes=150_000).endswith("19999\n")
+        assert len(runtime.output(S1, tail_bytes=90_000)) == 90_000
+
+    def test_a_process_id_that_is_another_process_now_is_not_it(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, SLEEP)
+        file = folder / "runtime" / S1 / "shim.json"
+        identity = json.loads(file.read_text())
+        shim = self.shim(folder)
+        file.write_text(json.dumps({**identity, "pid": os.getpid()}))
+        assert runtime.running() == []
+        assert self.status(runtime).state is ServiceState.FAILED
+        shim.send_signal(signal.SIGKILL)
+        until(lambda: not shim.is_running() or shim.status() == psutil.STATUS_ZOMBIE)
+
+    def test_a_restart_of_the_machine_is_no_failure(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, "print('done')")
+        self.end(runtime)
+        (folder / "runtime" / S1 / "exit.json").unlink()
+        file = folder / "runtime" / S1 / "shim.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "boot_id": "another"}))
+        assert self.status(runtime).state is ServiceState.STOPPED
+
+    def test_a_second_start_at_the_same_time_runs_it_once(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, SLEEP)
+        first = self.shim(folder)
+        runtime._start_shim(S1, folder / "runtime" / S1)
+        assert self.shim(folder).pid == first.pid
+
+    @pytest.mark.parametrize("service_id", ["", "..", "a/b", "/etc"])
+    def test_an_id_that_is_a_path_is_refused(
+        self, runtime: ProcessRuntime, service_id: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(FlopsError):
+            runtime.start(ServiceId(service_id), ["true"], {}, tmp_path, Resources())
+
+    def test_the_environment_is_no_ones_business(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, "pass")
+        self.end(runtime)
+        assert (folder / "runtime" / S1 / "launch.json").stat().st_mode & 0o077 == 0
