@@ -61,6 +61,7 @@ class ControlSettings(Settings):
     cluster_port: int = Field(10_100, ge=0, le=65_535, description="port that NodeEngines dial")
     tracking_port: int = Field(7027, ge=0, le=65_535, description="port of the MLflow server and its GUI")
     inference_port: int = Field(8080, ge=1, le=65_535, description="first port tried by inference services")
+    max_blob_mb: int = Field(16_384, ge=1, description="largest repository, lock or model taken in, in MiB")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     @property

@@ -85,7 +85,8 @@ class ClusterServer:
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline_s:
                 raise FlopsError(
-                    ErrorCode.INTERNAL, f"The cluster's server on {self._host}:{self._port} does not start."
+                    ErrorCode.INTERNAL,
+                    f"The server on {self._host}:{self._port} does not start; see the log.",
                 )
             time.sleep(0.01)
 
@@ -106,11 +107,9 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            raise FlopsError(
-                ErrorCode.PORT_OCCUPIED, f"Port {port} of {host} is in use; the cluster cannot listen on it."
-            ) from exc
+            raise FlopsError(ErrorCode.PORT_OCCUPIED, f"Port {port} of {host} is in use.") from exc
         raise FlopsError(
             ErrorCode.CONFIG_INVALID,
-            f"The cluster cannot listen on {host}:{port}: {exc.strerror or exc}.",
+            f"Listening on {host}:{port} is not possible: {exc.strerror or exc}.",
             hint="Give an address of this machine, and a port you may use (above 1023 without root).",
         ) from exc
