@@ -73,6 +73,7 @@ class ErrorCode(StrEnum):
     NAME_INVALID = "name_invalid"
     TAG_NOT_FOUND = "tag_not_found"
     FRAGMENT_NOT_FOUND = "fragment_not_found"
+    FRAGMENT_DAMAGED = "fragment_damaged"
     SCHEMA_MISMATCH = "schema_mismatch"
     UPLOAD_INCOMPLETE = "upload_incomplete"
     DATA_EMPTY = "data_empty"
@@ -197,6 +198,9 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ErrorCode.TAG_NOT_FOUND: ErrorSpec(404, 62, "`flops data list` shows the tags of a node."),
     ErrorCode.FRAGMENT_NOT_FOUND: ErrorSpec(
         404, 63, "`flops data describe TAG` lists the fragments of a tag."
+    ),
+    ErrorCode.FRAGMENT_DAMAGED: ErrorSpec(
+        500, 74, "It was put aside and hides nothing else; send the data again, and check the disk."
     ),
     ErrorCode.SCHEMA_MISMATCH: ErrorSpec(
         409, 64, "Send columns as the tag has them, use another tag, or drop the tag first."

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flops.errors import FlopsError
+
 if TYPE_CHECKING:
     from flops.adapters.conf_file import ConfFile
     from flops.node.paths import NodePaths
@@ -62,7 +64,36 @@ def end_node_leftovers(paths: NodePaths) -> int:
     return end_leftovers(paths)
 
 
+def run_data_server(arguments: list[str]) -> int:
+    """Run an ML data server until SIGTERM."""
+    import argparse
+    import os
+
+    from flops.adapters.parquet_store import ParquetStore
+    from flops.dataserver.catalogue import Catalogue
+    from flops.dataserver.server import serve
+    from flops.log import configure_logging
+    from flops.settings import NodeSettings
+
+    settings = NodeSettings.read()
+    parser = argparse.ArgumentParser(prog="data-server")
+    parser.add_argument("--dir", type=Path, required=True, help="where data, token and endpoint are")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=settings.data_port, help="port, 0 for a free one")
+    options = parser.parse_args(arguments)
+    configure_logging(settings.log_level)
+    try:
+        serve(Catalogue(ParquetStore(options.dir)), options.dir, options.host, options.port)
+    except FlopsError as exc:
+        sys.stderr.write(f"{exc}\nHint: {exc.hint}\n")
+        return exc.spec.exit_code
+    # A client that stalls must not keep the process: the interpreter would wait for gRPC's threads.
+    sys.stderr.flush()
+    os._exit(0)
+
+
 PROCESSES: Mapping[str, Callable[[list[str]], int]] = {
+    "data-server": run_data_server,
     "node": run_node,
 }
 

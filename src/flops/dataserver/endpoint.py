@@ -1,0 +1,94 @@
+"""Where a data server listens, and the files by which others find it: its endpoint and its admin token."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from flops.errors import ErrorCode, FlopsError
+from flops.wire.flight import ENDPOINT_FILE, TOKEN_FILE
+
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
+
+
+def admin_token(folder: Path) -> str:
+    """Read the admin token; make it at the first start. Only the owner can read it.
+
+    Raises:
+        FlopsError: ``config_corrupt`` when the file is empty.
+    """
+    path = folder / TOKEN_FILE
+    if not path.exists():
+        _write_whole(path, secrets.token_urlsafe(32) + "\n")
+    token = path.read_text().strip()
+    if not token:
+        raise FlopsError(
+            ErrorCode.CONFIG_CORRUPT,
+            f"The token file {path} is empty.",
+            hint="Delete the file: a new token is made at the next start; tokens made from the old one end.",
+        )
+    return token
+
+
+@contextlib.contextmanager
+def announced(folder: Path, host: str, port: int) -> Iterator[None]:
+    """Tell where the server listens, as long as it does."""
+    path = folder / ENDPOINT_FILE
+    endpoint = {"host": _ANY_ADDRESS.get(host, host), "port": port, "pid": os.getpid()}
+    _write_whole(path, json.dumps(endpoint) + "\n")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out why an address cannot be used; gRPC would not say.
+
+    Raises:
+        FlopsError: ``port_occupied``, ``config_invalid``.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except socket.gaierror as exc:
+        raise FlopsError(
+            ErrorCode.CONFIG_INVALID, f"{host!r} is not an address of this machine: {exc.strerror}."
+        ) from exc
+    except OSError as exc:
+        if exc.errno in {errno.EADDRINUSE, errno.EACCES}:
+            raise FlopsError(
+                ErrorCode.PORT_OCCUPIED, f"Cannot listen on {host}:{port}: {exc.strerror}."
+            ) from exc
+        raise FlopsError(
+            ErrorCode.CONFIG_INVALID, f"{host!r} is not an address of this machine: {exc.strerror}."
+        ) from exc
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
