@@ -1,0 +1,34 @@
+"""Who may call the REST API: whoever shows the admin token."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import Scope
+
+from flops.errors import ErrorCode, FlopsError
+
+# Readiness probes and the description of the API say nothing about the deployment.
+_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/openapi/openapi.json"})
+
+
+def check_token(scope: Scope, token: str) -> None:
+    """Let a request pass, or refuse it.
+
+    Args:
+        scope: the request, as ASGI describes it.
+        token: the admin token.
+
+    Raises:
+        FlopsError: ``unauthenticated`` without a token or with another one.
+    """
+    if scope["path"] in _OPEN_PATHS:
+        return
+    shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    scheme, _, credentials = shown.partition(b" ")
+    if scheme.lower() != b"bearer" or not credentials.strip():
+        raise FlopsError(ErrorCode.UNAUTHENTICATED, f"{scope['method']} {scope['path']} needs a token.")
+    if not hmac.compare_digest(credentials.strip(), token.encode()):
+        raise FlopsError(
+            ErrorCode.UNAUTHENTICATED, f"The token sent with {scope['method']} {scope['path']} is not valid."
+        )
