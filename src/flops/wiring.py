@@ -16,6 +16,7 @@ from flops.errors import FlopsError
 if TYPE_CHECKING:
     from flops.adapters.conf_file import ConfFile
     from flops.node.paths import NodePaths
+    from flops.ports import DataCatalog
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,11 +49,38 @@ def node_conf_file(paths: NodePaths) -> ConfFile:
     return ConfFile(paths.conf, lambda: dict(default_configuration().raw), check_configuration)
 
 
+def run_control_plane(arguments: list[str]) -> int:
+    """Run manager, cluster orchestrator and MLflow server."""
+    from flops.wiring_control import run_control_plane_process
+
+    return run_control_plane_process(arguments)
+
+
 def run_node(arguments: list[str]) -> int:
     """Run the daemon of a node."""
     from flops.wiring_node import run_node_daemon
 
     return run_node_daemon(arguments)
+
+
+def open_data_catalog(folder: Path) -> DataCatalog:
+    """Connect to the ML data server whose folder it is.
+
+    Raises:
+        FlopsError: ``unreachable`` when it is not ready.
+    """
+    import json
+
+    from flops.adapters.flight_client import FlightDataClient
+    from flops.errors import ErrorCode, FlopsError
+    from flops.wire.flight import ENDPOINT_FILE, TOKEN_FILE
+
+    try:
+        endpoint = json.loads((folder / ENDPOINT_FILE).read_text())
+        token = (folder / TOKEN_FILE).read_text().strip()
+        return FlightDataClient(f"{endpoint['host']}:{endpoint['port']}", token)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise FlopsError(ErrorCode.UNREACHABLE, f"The data server in {folder} is not ready.") from exc
 
 
 def end_node_leftovers(paths: NodePaths) -> int:
@@ -93,6 +121,7 @@ def run_data_server(arguments: list[str]) -> int:
 
 
 PROCESSES: Mapping[str, Callable[[list[str]], int]] = {
+    "control-plane": run_control_plane,
     "data-server": run_data_server,
     "node": run_node,
 }

@@ -49,7 +49,7 @@ from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
-from flops.wiring import node_conf_file, node_paths
+from flops.wiring import node_conf_file, node_paths, open_data_catalog
 
 _LOG_BYTES = 8 * 1024**2
 
@@ -73,7 +73,7 @@ class NodeParts:
 
 def node_parts(paths: NodePaths) -> NodeParts:
     """The parts of a real node."""
-    return NodeParts(environments=_environments(paths), kit_dir=paths.kit, open_catalog=_open_catalog)
+    return NodeParts(environments=_environments(paths), kit_dir=paths.kit, open_catalog=open_data_catalog)
 
 
 def run_node_daemon(arguments: list[str], make_parts: Callable[[NodePaths], NodeParts] = node_parts) -> int:
@@ -243,10 +243,6 @@ def _data_access(folder: Path, address: str) -> Callable[[ServiceSpec], tuple[st
         return f"{address}:{port}", mint_token(token, scope)
 
     return access
-
-
-def _open_catalog(folder: Path) -> DataCatalog:
-    raise FlopsError(ErrorCode.UNREACHABLE, f"The client of the data server in {folder} is not joined yet.")
 
 
 class _NoEnvironments:

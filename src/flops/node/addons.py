@@ -123,6 +123,7 @@ class DataServerAddon:
         self._started_at_s: float | None = None
         self._port_note = ""
         self._is_port_taken = False
+        self._catalog: DataCatalog | None = None
         self._tags: tuple[DataTag, ...] = ()
         self._state = Addon(name=name, state=AddonState.STARTING)
 
@@ -171,6 +172,7 @@ class DataServerAddon:
 
     def _take_end(self, exit_code: int | None) -> float:
         self._started_at_s = None
+        self._catalog = None
         self._tags = ()
         if exit_code == CATALOGUE[ErrorCode.PORT_OCCUPIED].exit_code and not self._is_port_taken:
             self._is_port_taken = True
@@ -185,8 +187,11 @@ class DataServerAddon:
     def _ask(self) -> float:
         started_at_s = self._started_at_s if self._started_at_s is not None else time.monotonic()
         try:
-            self._tags = tuple(self._open_catalog(self._plan.folder).tags())
+            if self._catalog is None:
+                self._catalog = self._open_catalog(self._plan.folder)
+            self._tags = tuple(self._catalog.tags())
         except FlopsError as error:
+            self._catalog = None
             if (
                 self._state.state is AddonState.STARTING
                 and time.monotonic() - started_at_s < UNHEALTHY_AFTER_S
