@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 _context: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("log_context", default=None)
-_SECRET = re.compile(r"(?i)(bearer\s+|token[\"'=:\s]+|password[\"'=:\s]+|://[^/\s:@]+:)[^\s\"'@,}]+")
+_SECRET = re.compile(
+    r"(?i)(bearer\s+|token[\"'=:\s]+|password[\"'=:\s]+|://[^/\s:@]*:(?=[^/\s@]+@))[^\s\"'@,}]+"
+)
 
 
 def redact(text: str) -> str:
