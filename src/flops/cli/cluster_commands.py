@@ -10,7 +10,7 @@ import typer
 
 from flops.cli.connection import connected, read_sla
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, print_table, say
-from flops.errors import FlopsError
+from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:
     from flops.cli.api_client import ApiClient
@@ -129,3 +129,31 @@ def tracking(output_format: FormatOption = OutputFormat.TABLE) -> None:
     with connected() as api:
         server = api.get("/tracking", TrackingServer)
     print_data(server, output_format, lambda: print_line(server.tracking_server_url))
+
+
+@model.command()
+def predict(
+    project_id: Annotated[str, typer.Argument(help="Id of the project whose model is served.")],
+    file: Annotated[Path, typer.Argument(help="Parquet, CSV or NPZ file with rows for the model.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Send only the first rows.")] = None,
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Send rows to a served model; prints predictions, beside labels when the file has them."""
+    from flops.cli.prediction import predict_file
+
+    with connected() as api:
+        project = api.project(project_id)
+    if not project.inference_url:
+        raise FlopsError(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"Project {project_id} serves no model: it is {project.stage}.",
+            hint="A model is served when post_training_steps asks for it, after the training.",
+        )
+    result = predict_file(project.inference_url, file, limit)
+
+    def show() -> None:
+        print_table(["row", "prediction", "label"], [(r.row, r.prediction, r.label) for r in result.rows])
+        if result.accuracy is not None:
+            print_line(f"Accuracy on {len(result.rows):,} rows: {result.accuracy:.3f}")
+
+    print_data(result, output_format, show)

@@ -1,0 +1,122 @@
+"""Joins the control plane: manager, cluster orchestrator and MLflow server."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flops
+from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.git_repos import GitRepos
+from flops.adapters.mlflow_server import MlflowServer
+from flops.adapters.mlflow_tracker import MlflowTracker
+from flops.adapters.sql_cluster_store import SqlClusterStore
+from flops.adapters.sql_store import SqlProjectStore
+from flops.adapters.system_clock import SystemClock
+from flops.adapters.uv_environments import this_platform
+from flops.control.lifetime import run_until_told
+from flops.log import configure_logging
+from flops.manager.app import build_app as build_manager_app
+from flops.manager.engine import Engine
+from flops.manager.options import EngineOptions
+from flops.orchestrator.app import build_app as build_cluster_app
+from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.orchestrator.server import ClusterServer
+from flops.settings import ControlSettings, inherited_environment
+from flops.wire.rest import ControlStatus
+
+TOKEN_FILE = "admin.token"  # noqa: S105 (a file's name)
+SECRET_FILE = "secret"  # noqa: S105 (a file's name)
+
+
+def run_control_plane_process(arguments: list[str]) -> int:
+    """Run the control plane until it is told to stop; returns its exit code."""
+    settings = ControlSettings.read(None, **_parse(arguments))
+    configure_logging(settings.log_level)
+    return run_until_told(settings.control_dir, lambda parts: _start(settings, parts))
+
+
+def _parse(arguments: list[str]) -> dict[str, str]:
+    """Turn ``--manager-port=5072`` into ``{"manager_port": "5072"}``."""
+    pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)
+    return {name.replace("-", "_"): value for name, value in pairs}
+
+
+def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
+    folder = settings.control_dir
+    clock = SystemClock()
+    started_at_s = clock.now_s()
+    token = _secret_in(folder / TOKEN_FILE)
+
+    tracking = MlflowServer(folder / "mlflow", settings.host, settings.tracking_port, inherited_environment())
+    tracking.start()
+    parts.callback(tracking.stop)
+
+    blobs = FileBlobs(folder / "blobs")
+    orchestrator = ClusterOrchestrator(SqlClusterStore(folder / "cluster.sqlite"), clock)
+    cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
+    cluster = ClusterServer(cluster_app, settings.cluster_host, settings.cluster_port)
+    cluster.start()
+    parts.callback(cluster.close)
+
+    engine = Engine(
+        store=SqlProjectStore(folder / "projects.sqlite"),
+        orchestrator=orchestrator,
+        repos=GitRepos(
+            blobs,
+            folder / "repositories",
+            environ=inherited_environment(),
+            mlflow_version=version("mlflow"),
+            platform=this_platform(),
+        ),
+        blobs=blobs,
+        clock=clock,
+        options=EngineOptions(
+            tracking_uri=tracking.url,
+            secret=_secret_in(folder / SECRET_FILE).encode(),
+            inference_port=settings.inference_port,
+        ),
+        tracker=MlflowTracker(tracking.url),
+    )
+    engine.start()
+
+    def status() -> ControlStatus:
+        nodes = orchestrator.nodes()
+        projects = engine.projects()
+        is_ready = tracking.is_ready()
+        return ControlStatus(
+            version=flops.__version__,
+            manager_url=f"http://{settings.host}:{manager.port}",
+            cluster_address=f"{settings.cluster_host}:{cluster.port}",
+            tracking_url=tracking.url,
+            is_tracking_ready=is_ready,
+            tracking_detail="" if is_ready else f"not ready yet; its log is {tracking.log_path}",
+            home=str(settings.home),
+            started_at_s=started_at_s,
+            nodes_connected=sum(node.is_connected for node in nodes),
+            nodes_total=len(nodes),
+            projects_active=sum(not project.stage.is_final for project in projects),
+            projects_total=len(projects),
+        )
+
+    app = build_manager_app(engine, token=token, status=status, blobs=blobs)
+    manager = ClusterServer(app, settings.host, settings.manager_port)
+    manager.start()
+    parts.callback(manager.close)
+    parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
+    return status().model_dump()
+
+
+def _secret_in(path: Path) -> str:
+    """The secret kept in a file that only its owner can read; made at the first start."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600)
+        temporary.write_text(secrets.token_urlsafe(32))
+        temporary.replace(path)
+    return path.read_text().strip()
