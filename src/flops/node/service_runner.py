@@ -54,6 +54,9 @@ class ServiceRunner:
         self._lock = threading.RLock()
         self._is_asked_to_stop = threading.Event()
         self._stop_detail = ""
+        self._has_ended = threading.Event()
+        if self.status.state.is_final:
+            self._has_ended.set()
         self._thread: threading.Thread | None = None
 
     @property
@@ -86,8 +89,8 @@ class ServiceRunner:
     def stop(self, detail: str, *, timeout_s: float) -> None:
         """End the service and wait until nothing of it runs, but not longer than `timeout_s`."""
         self.ask_to_stop(detail)
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        # Not for the thread: it may be building an environment, which nothing can interrupt.
+        self._has_ended.wait(timeout_s)
         self._runtime.stop(self.spec.id)
 
     def remove(self) -> None:
@@ -238,5 +241,7 @@ class ServiceRunner:
             self._progress = Progress(status, self._progress.run_offset)
             if status.model_copy(update={"detail": before.detail}) != before:
                 self.folder.save(self._progress)
+            if state.is_final:
+                self._has_ended.set()
         if state is not before.state:
             _log.info("%s: %s%s", self.spec.id, state.value, f" ({detail})" if detail else "")
