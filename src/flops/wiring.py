@@ -16,7 +16,7 @@ from flops.errors import FlopsError
 if TYPE_CHECKING:
     from flops.adapters.conf_file import ConfFile
     from flops.node.paths import NodePaths
-    from flops.ports import DataCatalog
+    from flops.ports import DataCatalog, Environments
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,6 +92,28 @@ def end_node_leftovers(paths: NodePaths) -> int:
     return end_leftovers(paths)
 
 
+def open_environments(root: Path) -> Environments:
+    """The environments in a folder of this machine, built by uv."""
+    from importlib.metadata import version
+
+    import uv
+
+    from flops.adapters.uv_environments import UvEnvironments
+    from flops.settings import inherited_environment
+
+    return UvEnvironments(
+        root, uv=Path(uv.find_uv_bin()), environ=inherited_environment(), mlflow_version=version("mlflow")
+    )
+
+
+def run_builder(arguments: list[str]) -> int:
+    """Run a builder: a service, given its context file."""
+    from flops.actor import run_actor
+    from flops.builder.builder import main as build
+
+    return run_actor(lambda context, events: build(context, events, open_environments), ["", *arguments])
+
+
 def run_data_server(arguments: list[str]) -> int:
     """Run an ML data server until SIGTERM."""
     import argparse
@@ -120,9 +142,35 @@ def run_data_server(arguments: list[str]) -> int:
     os._exit(0)
 
 
+def run_mock_data_provider(arguments: list[str]) -> int:
+    """Run a mock data provider: a service, given its context file."""
+    import pyarrow as pa
+
+    from flops.actor import run_actor
+    from flops.adapters.blob_client import HttpBlobClient
+    from flops.adapters.data_files import open_data
+    from flops.adapters.flight_client import FlightDataClient
+    from flops.mockdata.hub import load_from_hub
+    from flops.mockdata.provider import MockDataProvider
+
+    def read_file(path: Path) -> pa.Table:
+        source = open_data(path)
+        return pa.Table.from_batches(source.batches, schema=source.schema)
+
+    provider = MockDataProvider(
+        open_sink=FlightDataClient,
+        fetch_blob=lambda url, digest, path: HttpBlobClient(url).fetch(digest, path),
+        read_file=read_file,
+        load_from_hub=load_from_hub,
+    )
+    return run_actor(provider.run, ["mock-data-provider", *arguments])
+
+
 PROCESSES: Mapping[str, Callable[[list[str]], int]] = {
+    "builder": run_builder,
     "control-plane": run_control_plane,
     "data-server": run_data_server,
+    "mock-data-provider": run_mock_data_provider,
     "node": run_node,
 }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import uv
 
 from flops import __version__
+from flops.adapters.actor_kit import install_kit
 from flops.adapters.blob_client import HttpBlobClient
 from flops.adapters.control_groups import find_control_groups
 from flops.adapters.host_facts import LocalHost
@@ -31,7 +32,6 @@ from flops.core.cluster import (
     ServiceKind,
     ServiceSpec,
 )
-from flops.core.project import Environment
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.log import JsonFormatter, configure_logging
@@ -49,7 +49,7 @@ from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
-from flops.wiring import node_conf_file, node_paths, open_data_catalog
+from flops.wiring import node_conf_file, node_paths, open_data_catalog, open_environments
 
 _LOG_BYTES = 8 * 1024**2
 
@@ -73,7 +73,11 @@ class NodeParts:
 
 def node_parts(paths: NodePaths) -> NodeParts:
     """The parts of a real node."""
-    return NodeParts(environments=_environments(paths), kit_dir=paths.kit, open_catalog=open_data_catalog)
+    return NodeParts(
+        environments=open_environments(paths.home / "environments"),
+        kit_dir=install_kit(paths.kit),
+        open_catalog=open_data_catalog,
+    )
 
 
 def run_node_daemon(arguments: list[str], make_parts: Callable[[NodePaths], NodeParts] = node_parts) -> int:
@@ -243,22 +247,6 @@ def _data_access(folder: Path, address: str) -> Callable[[ServiceSpec], tuple[st
         return f"{address}:{port}", mint_token(token, scope)
 
     return access
-
-
-class _NoEnvironments:
-    """Stands here until the builder of environments is joined."""
-
-    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
-        """Refuse."""
-        raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, "Environments are not joined yet.")
-
-    def materialise(self, lock: str, report: Callable[[str], None]) -> Path:
-        """Refuse."""
-        raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, "Environments are not joined yet.")
-
-
-def _environments(_paths: NodePaths) -> Environments:
-    return _NoEnvironments()
 
 
 def _log_to(path: Path) -> None:
