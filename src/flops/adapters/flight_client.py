@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.core.cluster import DataTag
-from flops.core.dataset import Bounds, Stored, TagDescription, TagLimits
+from flops.core.dataset import Stored, TagDescription, TagLimits
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import (
     DEFAULT_PORT,
@@ -160,14 +160,17 @@ class FlightDataClient:
         """
         self._act(Action.DROP_FRAGMENT, {"name": fragment_name(tag, fragment_id)})
 
-    def set_retention(self, tag: str, bounds: Bounds) -> TagLimits:
-        """Keep only the newest data of a tag, at once and from now on."""
-        raw = self._act(Action.SET_RETENTION, {"tag": tag, **bounds.model_dump()})
-        return TagLimits.model_validate(raw)
+    def set_retention(
+        self, tag: str, *, max_rows: int | None = None, max_bytes: int | None = None
+    ) -> TagLimits:
+        """Keep only the newest data of a tag, at once and from now on; none stands for unlimited."""
+        body = {"tag": tag, "max_rows": max_rows, "max_bytes": max_bytes}
+        return TagLimits.model_validate(self._act(Action.SET_RETENTION, body))
 
-    def set_quota(self, tag: str, bounds: Bounds) -> TagLimits:
-        """Have uploads refused that would make the tag larger than this."""
-        return TagLimits.model_validate(self._act(Action.SET_QUOTA, {"tag": tag, **bounds.model_dump()}))
+    def set_quota(self, tag: str, *, max_rows: int | None = None, max_bytes: int | None = None) -> TagLimits:
+        """Have uploads refused that would make the tag larger than this; none stands for unlimited."""
+        body = {"tag": tag, "max_rows": max_rows, "max_bytes": max_bytes}
+        return TagLimits.model_validate(self._act(Action.SET_QUOTA, body))
 
     def _act(self, action: Action, body: Any, *, timeout_s: float | None = None) -> Any:
         with self._errors_cross():

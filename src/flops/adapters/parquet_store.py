@@ -9,7 +9,6 @@ could not be read, each with its reason beside it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import os
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flops.core.dataset import Damage, Fragment, TagLimits
+from flops.durable_file import file_error, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
 
 ROW_GROUP_BYTES = 16 * 1_048_576  # of values in memory: what an upload and a reader hold at once
@@ -33,7 +33,6 @@ _REASON_SUFFIX = ".reason"
 _NAME = re.compile(
     r"(?P<first_row>\d{15})\.(?P<rows>\d+)\.(?P<digest>[0-9a-f]{64})\.(?P<id>[A-Za-z0-9_-]+)\.parquet"
 )
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class ParquetStore:
@@ -67,7 +66,7 @@ class ParquetStore:
         """All readable fragments with their schemas, by tag and first row; damaged ones are set aside."""
         found = []
         for path in sorted(self._tags.glob("*/*")):
-            if path.name == _LIMITS_FILE:
+            if path.name == _LIMITS_FILE or path.name.startswith("."):
                 continue
             try:
                 found.append((_fragment_at(path), pq.read_schema(path)))
@@ -118,7 +117,7 @@ class ParquetStore:
         path = self._path_of(fragment)
         with _translated(path):
             path.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def set_aside(self, fragment: Fragment, reason: str) -> None:
         """Move a damaged fragment to ``damaged``, with the reason in a file beside it."""
@@ -157,16 +156,10 @@ class ParquetStore:
 
     def put_limits(self, tag: str, limits: TagLimits) -> None:
         """Store the limits of a tag durably."""
-        path = self._tags / tag / _LIMITS_FILE
-        with _translated(path):
-            _make_folder(path.parent)
-            temporary = self._incoming / f"{next(self._numbers)}.json"
-            with temporary.open("w") as file:
-                file.write(limits.model_dump_json())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
+        folder = self._tags / tag
+        with _translated(folder):
+            _make_folder(folder)
+        write_durably(folder / _LIMITS_FILE, limits.model_dump_json())
 
     def _path_of(self, fragment: Fragment) -> Path:
         return self._tags / fragment.tag / _file_name(fragment)
@@ -249,7 +242,7 @@ class ParquetUpload:
             _make_folder(self._folder)
             final = self._path.replace(self._folder / _file_name(fragment))
             try:
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
             except OSError:
                 final.unlink()
                 raise
@@ -312,15 +305,7 @@ def _lock(folder: Path) -> int:
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(exist_ok=True, mode=0o700)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(folder.parent)
 
 
 def _is_damage(exc: Exception) -> bool:
@@ -333,10 +318,9 @@ def _first_line(exc: Exception) -> str:
 
 
 def _unusable(path: Path, exc: Exception) -> FlopsError:
-    number = exc.errno if isinstance(exc, OSError) else None
-    code = ErrorCode.DISK_FULL if number in _FULL else ErrorCode.INTERNAL
-    reason = os.strerror(number) if number is not None else _first_line(exc)
-    return FlopsError(code, f"{path} cannot be used: {reason}.")
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return file_error(OSError(exc.errno, os.strerror(exc.errno)), path)
+    return FlopsError(ErrorCode.INTERNAL, f"{path} cannot be used: {_first_line(exc)}.")
 
 
 @contextlib.contextmanager

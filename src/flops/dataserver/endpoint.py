@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import ENDPOINT_FILE, TOKEN_FILE
 
@@ -25,7 +26,7 @@ def admin_token(folder: Path) -> str:
     """
     path = folder / TOKEN_FILE
     if not path.exists():
-        _write_whole(path, secrets.token_urlsafe(32) + "\n")
+        write_durably(path, secrets.token_urlsafe(32) + "\n")
     token = path.read_text().strip()
     if not token:
         raise FlopsError(
@@ -41,7 +42,7 @@ def announced(folder: Path, host: str, port: int) -> Iterator[None]:
     """Tell where the server listens, as long as it does."""
     path = folder / ENDPOINT_FILE
     endpoint = {"host": _ANY_ADDRESS.get(host, host), "port": port, "pid": os.getpid()}
-    _write_whole(path, json.dumps(endpoint) + "\n")
+    write_durably(path, json.dumps(endpoint) + "\n")
     try:
         yield
     finally:
@@ -74,21 +75,3 @@ def check_address(host: str, port: int) -> None:
         raise FlopsError(
             ErrorCode.CONFIG_INVALID, f"{host!r} is not an address of this machine: {exc.strerror}."
         ) from exc
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
