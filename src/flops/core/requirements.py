@@ -1,200 +1,221 @@
-"""What a repository's dependency file asks for: conda.yml, requirements.txt and pyproject.toml, made one.
+"""What a repository's dependency file asks for, in one form: PEP 508 requirements and a range of Pythons.
 
-The rules are pure: they turn text into requirements, and say in notes what they left out and why.
+Read are ``conda.yml``, ``conda.yaml``, ``requirements.txt`` and ``pyproject.toml``, the first one there is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import tomllib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
-from flops.core.ids import EnvironmentKey
-from flops.core.model import Value
+from flops.core.conda import read_conda
+from flops.core.dependency_line import Line, invalid
 from flops.errors import ErrorCode, FlopsError
 
 DEPENDENCY_FILES = ("conda.yml", "conda.yaml", "requirements.txt", "pyproject.toml")
-"""Names that are looked for, the first one found wins."""
-
-# The learner never talks to these: they belong to the platform, whose version the project must not constrain.
-_PROVIDED = {"flops-utils", "flops", "flwr", "flwr-datasets", "mlflow", "mlflow-skinny"}
-# What conda environments list and PyPI does not have, or has as part of the interpreter.
-_CONDA_ONLY = {
-    "pip", "setuptools", "wheel", "libgcc", "libgcc-ng", "libstdcxx-ng", "gcc", "gxx", "openssl",
-    "ca-certificates", "cudatoolkit", "cpuonly", "mkl", "libblas", "openblas", "blas", "libopenblas",
-}  # fmt: skip
-_CONDA_NAMES = {"pytorch": "torch"}  # conda name -> PyPI name
-_CONDA_SPEC = re.compile(r"^(?:[\w.-]+::)?(?P<name>[A-Za-z0-9][\w.-]*)\s*(?P<spec>.*)$")
+OLDEST_PYTHON = (3, 11)  # the actor kit needs it
+MLFLOW_NAMES = frozenset({"mlflow", "mlflow-skinny", "mlflow-tracing"})
+_PROVIDED = frozenset({"flops-utils", "flwr"})  # the ancestor's images installed them
+_SERVER = ("starlette", "uvicorn", "httptools", "uvloop", "orjson")
+_MAX_FILE_BYTES = 1_048_576
+_HASH_OPTION = re.compile(r"\s--hash[= ](?P<hash>sha\d+:[0-9a-f]+)")
+_BARE_URL = re.compile(r"[a-z]+\+|https?:|file:|ssh:|[./]", re.IGNORECASE)
+_PLATFORM_URL = re.compile(r"(#egg=|/)flops[_-]utils", re.IGNORECASE)
+_COMMENT = re.compile(r"(^|\s)#.*$")
 
 
-class Dependencies(Value):
-    """What a repository needs, read from its dependency file."""
+@dataclass(frozen=True)
+class Dependencies:
+    """What a dependency file asks for.
+
+    Args:
+        file: name of the file.
+        requirements: PEP 508 requirements, as the file has them, without what the platform provides.
+        python: versions of Python it allows, as a PEP 440 specifier; "" for any.
+        notes: what was left out and why, one sentence each.
+        hashes: by normalised name, the only hashes the file allows.
+    """
 
     file: str
-    python: str = ""  # version specifiers, "" when any will do
-    requirements: tuple[str, ...] = ()  # PEP 508, sorted, one a distribution and marker
-    notes: tuple[str, ...] = ()  # what was left out, and why
+    requirements: tuple[str, ...] = ()
+    python: str = ""
+    notes: tuple[str, ...] = ()
+    hashes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def parse_dependencies(file: str, text: str) -> Dependencies:
+def find_dependency_file(names: Iterable[str]) -> str:
+    """The name of the dependency file that counts.
+
+    Raises:
+        FlopsError: ``dependencies_invalid`` when there is none.
+    """
+    present = set(names)
+    for name in DEPENDENCY_FILES:
+        if name in present:
+            return name
+    raise FlopsError(
+        ErrorCode.DEPENDENCIES_INVALID,
+        f"The repository has no dependency file: none of {', '.join(DEPENDENCY_FILES)} is in its root.",
+    )
+
+
+def read_dependencies(file: str, data: bytes, imported: frozenset[str]) -> Dependencies:
     """Read a dependency file.
 
     Args:
-        file: its name, one of `DEPENDENCY_FILES`; decides the format.
-        text: its content.
+        file: its name, which decides the format.
+        data: its content.
+        imported: top-level names of the modules that the repository's code imports.
 
     Raises:
-        FlopsError: ``dependencies_invalid``, naming the file and the line or key.
+        FlopsError: ``dependencies_invalid``, naming file and line.
     """
-    if file.endswith((".yml", ".yaml")):
-        return _parse_conda(file, text)
-    if file.endswith(".toml"):
-        return _parse_pyproject(file, text)
-    return _parse_requirements(file, text)
-
-
-def environment_key(
-    dependencies: Dependencies, *, flavor: str, platform: str, extras: Iterable[str]
-) -> EnvironmentKey:
-    """The key of the environment that satisfies the dependencies; equal content has an equal key.
-
-    Args:
-        dependencies: what the repository asks for; its notes and its file's name do not matter.
-        flavor: MLflow flavor of the model.
-        platform: what wheels are chosen for, such as ``linux-x86_64-3.11``.
-        extras: requirements the platform adds for its own actors.
-    """
-    content = {
-        "python": dependencies.python,
-        "requirements": sorted(dependencies.requirements),
-        "flavor": flavor,
-        "platform": platform,
-        "extras": sorted(extras),
-    }
-    return EnvironmentKey(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
-
-
-def _parse_requirements(file: str, text: str) -> Dependencies:
-    lines: list[tuple[str, str]] = []
-    for number, line in enumerate(text.replace("\\\n", " ").splitlines(), start=1):
-        content = re.sub(r"(^|\s)#.*$", "", line).strip()
-        content = re.sub(r"\s+--hash=\S+", "", content)
-        if not content:
-            continue
-        where = f"{file}, line {number}"
-        if content.startswith("-"):
-            raise _invalid(
-                where, f"option {content.split()[0]!r} is not supported; list the requirements themselves"
-            )
-        lines.append((where, content))
-    return _collect(file, "", lines, [])
-
-
-def _parse_pyproject(file: str, text: str) -> Dependencies:
+    if len(data) > _MAX_FILE_BYTES:
+        raise FlopsError(ErrorCode.DEPENDENCIES_INVALID, f"{file} is larger than {_MAX_FILE_BYTES} bytes.")
     try:
-        project = tomllib.loads(text).get("project")
-    except tomllib.TOMLDecodeError as exc:
-        raise _invalid(file, f"it is not TOML: {exc}") from exc
-    if not isinstance(project, dict):
-        raise _invalid(file, "it has no [project] table with dependencies")
-    listed = project.get("dependencies", [])
-    python = project.get("requires-python", "")
-    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise _invalid(f"{file}, project.dependencies", "it must be a list of texts")
-    lines = [(f"{file}, project.dependencies[{number}]", item) for number, item in enumerate(listed)]
-    return _collect(file, _specifier(f"{file}, project.requires-python", python), lines, [])
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise FlopsError(
+            ErrorCode.DEPENDENCIES_INVALID, f"{file} is not UTF-8 text (byte {exc.start})."
+        ) from exc
+    if file.startswith("conda"):
+        lines, python, notes = read_conda(file, text)
+    elif file == "requirements.txt":
+        lines, python, notes = _read_requirements(file, text), "", []
+    else:
+        lines, python, notes = *_read_pyproject(file, text), []
+    return _collect(file, lines, python, notes, imported)
 
 
-def _parse_conda(file: str, text: str) -> Dependencies:
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
-        raise _invalid(file, f"it is not YAML: {' '.join(str(exc).split())}") from exc
-    listed = document.get("dependencies") if isinstance(document, dict) else None
-    if not isinstance(listed, list):
-        raise _invalid(file, "it has no list 'dependencies'")
-    python, lines, notes = "", [], []
-    for number, item in enumerate(listed):
-        where = f"{file}, dependencies[{number}]"
-        if isinstance(item, dict) and set(item) == {"pip"}:
-            lines += _pip_section(where, item["pip"])
-        elif isinstance(item, str):
-            name, specifier = _read_conda_item(where, item)
-            if name == "python":
-                python = specifier
-            elif name in _CONDA_ONLY:
-                notes.append(f"{item!r} of {file} was left out: it is part of conda, not of PyPI.")
-            else:
-                lines.append((where, f"{_CONDA_NAMES.get(name, name)}{specifier}"))
-        else:
-            raise _invalid(where, f"it must be a text, or 'pip:' with a list, got {item!r}")
-    return _collect(file, python, lines, notes)
+def project_requirements(*, uses_load_dataset: bool) -> tuple[str, ...]:
+    """What our learner needs beside the user's requirements."""
+    # pyarrow 26 needs NumPy 2 without saying so, and would meet pins such as numpy==1.26.4.
+    needed = ("numpy", "pyarrow>=15,<26")
+    return (*needed, "datasets", "pillow") if uses_load_dataset else needed
 
 
-def _pip_section(where: str, listed: Any) -> list[tuple[str, str]]:
-    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise _invalid(f"{where}.pip", "it must be a list of texts")
-    return [(f"{where}.pip[{number}]", item) for number, item in enumerate(listed)]
+def model_requirements(flavor: str, mlflow_version: str) -> tuple[str, ...]:
+    """What saving, logging and serving a model needs beside the project's environment."""
+    needed = (f"mlflow-skinny=={mlflow_version}", "pandas", *_SERVER)
+    return (*needed, "skops") if flavor == "sklearn" else needed
 
 
-def _read_conda_item(where: str, item: str) -> tuple[str, str]:
-    """Turn ``numpy=1.26`` (conda: any 1.26.x) into ``("numpy", "==1.26.*")``."""
-    match = _CONDA_SPEC.match(item.strip())
-    if match is None:
-        raise _invalid(where, f"{item!r} is no conda requirement")
-    name, spec = match["name"].lower(), match["spec"].strip()
-    if not spec:
-        return name, ""
-    if spec[0] == "=" and not spec.startswith("=="):
-        version = spec.lstrip("= ").split("=")[0].removesuffix("*").removesuffix(".")
-        return name, _specifier(where, f"=={version}.*")
-    if spec.startswith("==") and spec.count("=") > 2:  # name==version=build
-        spec = "==" + spec[2:].split("=")[0]
-    elif spec[0].isdigit():
-        spec = f"=={spec.split()[0]}"
-    return name, _specifier(where, spec)
+def name_of(requirement: str) -> str:
+    """The normalised name of a valid requirement."""
+    return canonicalize_name(Requirement(requirement).name)
 
 
-def _collect(file: str, python: str, lines: list[tuple[str, str]], notes: list[str]) -> Dependencies:
-    wanted: set[str] = set()
-    for where, content in lines:
-        requirement = _read_requirement(where, content)
+def _collect(
+    file: str, lines: Iterable[Line], python: str, notes: list[str], imported: frozenset[str]
+) -> Dependencies:
+    requirements: list[str] = []
+    hashes: dict[str, tuple[str, ...]] = {}
+    for line in lines:
+        requirement, allowed = _parse(line)
         name = canonicalize_name(requirement.name)
-        if name in _PROVIDED:
-            notes.append(f"{content!r} of {file} was left out: FLOps provides it.")
-        else:
-            wanted.add(str(requirement))
-    return Dependencies(file=file, python=python, requirements=tuple(sorted(wanted)), notes=tuple(notes))
-
-
-def _read_requirement(where: str, content: str) -> Requirement:
-    if re.match(r"^(git\+|https?:|file:|\.|/)", content):
-        name = re.search(r"(?:#egg=|/)(?P<name>flops[_-]utils)", content)
-        if name is None:
-            raise _invalid(where, f"{content!r} has no name; write 'name @ URL', or a released version")
-        return Requirement("flops-utils")
+        if (note := _reason_to_drop(name, imported)) is not None:
+            notes += [f"{file}: {requirement} is left out: {note}."] if note else []
+            continue
+        _refuse_unlockable(requirement, line)
+        requirements.append(str(requirement))
+        if allowed:
+            hashes[name] = allowed
     try:
-        return Requirement(content)
+        SpecifierSet(python)
+    except InvalidSpecifier as exc:
+        raise FlopsError(
+            ErrorCode.DEPENDENCIES_INVALID, f"{file}: {python!r} is not a range of Python versions."
+        ) from exc
+    return Dependencies(file, tuple(requirements), python, tuple(notes), hashes)
+
+
+def _parse(line: Line) -> tuple[Requirement, tuple[str, ...]]:
+    text = line.text
+    if not text.isprintable():
+        raise invalid(line, "it has control characters")
+    hashes = tuple(found["hash"] for found in _HASH_OPTION.finditer(text))
+    text = _HASH_OPTION.sub("", text).strip()
+    if text.startswith("-"):
+        raise invalid(
+            line,
+            "options are not accepted, every requirement stands in this file; which index is used, the "
+            "operator of the node decides",
+        )
+    if _BARE_URL.match(text):
+        if _PLATFORM_URL.search(text):
+            return Requirement("flops-utils"), hashes
+        raise invalid(line, "it has no name; name a released version, or write 'NAME @ URL'")
+    try:
+        return Requirement(text), hashes
     except InvalidRequirement as exc:
-        raise _invalid(where, f"{content!r} is no requirement ({str(exc).splitlines()[0]})") from exc
+        reason = str(exc).splitlines()[0] if str(exc) else "it is malformed"
+        raise invalid(line, f"it is not a requirement ({reason.strip()})") from exc
 
 
-def _specifier(where: str, text: Any) -> str:
+def _reason_to_drop(name: str, imported: frozenset[str]) -> str | None:
+    """None: keep it; "": nothing to say; else why it is left out."""
+    if name == "pip":
+        return ""
+    if name in MLFLOW_NAMES and "mlflow" not in imported:
+        return "learners do not talk to MLflow, and the platform brings its own to save the model"
+    if name in _PROVIDED and name not in imported:
+        return "the platform provides it"
+    return None
+
+
+def _refuse_unlockable(requirement: Requirement, line: Line) -> None:
+    url = requirement.url
+    if url is not None and not url.startswith(("https://", "http://")):
+        raise invalid(
+            line, "only packages and https:// archives can be locked by hash; name a released version"
+        )
+
+
+def _read_requirements(file: str, text: str) -> list[Line]:
+    lines: list[Line] = []
+    pending, started = "", 1
+    for number, raw in enumerate(text.splitlines(), start=1):
+        started = started if pending else number
+        pending += _COMMENT.sub("", raw)
+        if pending.endswith("\\"):
+            pending = pending[:-1] + " "
+            continue
+        if pending.strip():
+            lines.append(Line(file, started, pending.strip()))
+        pending = ""
+    if pending.strip():
+        lines.append(Line(file, started, pending.strip()))
+    return lines
+
+
+def _read_pyproject(file: str, text: str) -> tuple[list[Line], str]:
     try:
-        return str(SpecifierSet(text))
-    except (InvalidSpecifier, AttributeError, TypeError) as exc:
-        raise _invalid(where, f"{text!r} is no version specifier") from exc
-
-
-def _invalid(where: str, problem: str) -> FlopsError:
-    return FlopsError(
-        ErrorCode.DEPENDENCIES_INVALID, f"The dependency file is invalid at {where}: {problem}."
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise FlopsError(ErrorCode.DEPENDENCIES_INVALID, f"{file} is not TOML: {exc}.") from exc
+    project = document.get("project")
+    if not isinstance(project, dict) or "dependencies" in project.get("dynamic", []):
+        raise FlopsError(
+            ErrorCode.DEPENDENCIES_INVALID,
+            f"{file} has no [project] table with a static list of dependencies.",
+            hint="Write dependencies = [...] under [project], or add a requirements.txt.",
+        )
+    entries = project.get("dependencies", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise FlopsError(
+            ErrorCode.DEPENDENCIES_INVALID, f"{file}: [project].dependencies is no list of texts."
+        )
+    source = text.splitlines()
+    return [Line(file, _find(source, entry), entry) for entry in entries], str(
+        project.get("requires-python", "")
     )
+
+
+def _find(source: list[str], entry: str) -> int:
+    return next((number for number, line in enumerate(source, start=1) if entry in line), 1)
