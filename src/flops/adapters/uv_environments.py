@@ -1,0 +1,435 @@
+"""Virtual environments by uv: resolved into hash locks, built once per lock and machine.
+
+A lock is what `uv pip compile` writes, below two comment lines of ours::
+
+    # python 3.11
+    # imports numpy pyarrow sklearn.linear_model
+
+The second names what is imported once when the environment is built. uv leaves bytecode to whoever imports
+first, and where ``PYTHONDONTWRITEBYTECODE`` is set every start of a learner would compile the same modules
+again: seconds each time. Compiling everything installed would take three times as long as what is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from flops.command import Completed, run_command
+from flops.core.ids import Digest
+from flops.core.ml_repository import environment_key, read_ml_repository
+from flops.core.project import Environment
+from flops.core.requirements import MLFLOW_NAMES, OLDEST_PYTHON, Dependencies, model_requirements, name_of
+from flops.core.resolution import (
+    Problem,
+    Solution,
+    UnsolvableError,
+    allow_only,
+    essence,
+    locked_versions,
+    solve,
+)
+from flops.durable_file import file_error, sync_folder, write_durably
+from flops.errors import ErrorCode, FlopsError
+
+Report = Callable[[str], None]
+
+_COMPLETE = ".complete"
+_OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
+_OLDEST = ".".join(map(str, OLDEST_PYTHON))
+_HEADER = re.compile(r"# python (?P<python>\d+\.\d+)\n(?:# imports (?P<imports>.*)\n)?")
+_FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceeded", re.IGNORECASE)
+_NO_INDEX = re.compile(
+    r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
+)
+_NO_BUILD = re.compile(r"failed to (download and )?build|build backend", re.IGNORECASE)
+_KIT_IMPORTS = ("numpy", "pyarrow", "pyarrow.flight")
+_MODEL_IMPORTS = (
+    "mlflow.pyfunc",
+    "mlflow.models",
+    "pandas",
+    "starlette.applications",
+    "uvicorn",
+    "orjson",
+    "httptools",
+    "uvloop",
+)
+_WARM_UP = (
+    "import importlib, json, sys\n"
+    "for name in json.loads(sys.argv[1]):\n"
+    "    try:\n"
+    "        importlib.import_module(name)\n"
+    "    except BaseException as exc:\n"
+    "        print(f'{name}: {type(exc).__name__}: {exc}', file=sys.stderr)\n"
+)
+_PYTHON_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
+
+
+class UvEnvironments:
+    """Implements `flops.ports.Environments`.
+
+    Args:
+        root: environments lie at ``<root>/<SHA-256 of the lock>``.
+        uv: the uv program.
+        environ: environment of uv. Its ``UV_*`` variables decide which index, cache and links are used.
+        mlflow_version: the MLflow of model environments; the tracking server's own.
+        lock_timeout_s: for each run of the resolver.
+        build_timeout_s: for downloading and installing one environment.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        uv: Path,
+        environ: Mapping[str, str],
+        mlflow_version: str,
+        lock_timeout_s: float = 600.0,
+        build_timeout_s: float = 3_600.0,
+    ) -> None:
+        self._root = root
+        self._uv = uv
+        self._environ = _tool_environment(environ)
+        self._mlflow_version = mlflow_version
+        self._lock_timeout_s = lock_timeout_s
+        self._build_timeout_s = build_timeout_s
+
+    def lock(self, repo: Path, flavor: str, report: Report) -> tuple[str, str, Environment]:
+        """Resolve a repository's dependency file; returns both locks' text, and the environment.
+
+        Args:
+            repo: folder of the unpacked repository.
+            flavor: the MLflow flavor whose libraries are needed to save the model.
+            report: is told each step, in one sentence.
+
+        Raises:
+            FlopsError: ``repo_contract_broken``, ``dependencies_invalid``, ``dependencies_unresolvable``;
+                ``environment_build_failed`` when a source package cannot be built to learn its dependencies;
+                ``unreachable``, ``timeout``, ``disk_full``.
+        """
+        repository = read_ml_repository(_read_folder(repo))
+        dependencies = repository.dependencies
+        python, minor, python_notes = self._choose_python(dependencies)
+        report(f"Resolving {dependencies.file} for Python {minor}.")
+        needed = repository.platform_requirements
+        project = self._lock_project(dependencies, needed, python)
+        report(f"Locked {len(locked_versions(project.lock))} packages for the learners.")
+        needed = (*needed, *model_requirements(flavor, self._mlflow_version))
+        model = self._lock_model(project, dependencies, needed, python)
+        report(f"Locked {len(locked_versions(model.lock))} packages to save and serve the model.")
+        imports = (*_KIT_IMPORTS, *repository.imports)
+        lock_text = _with_header(project.lock, minor, imports)
+        model_text = _with_header(model.lock, minor, (*imports, f"mlflow.{flavor}", *_MODEL_IMPORTS))
+        key = environment_key(
+            repository, flavor, mlflow_version=self._mlflow_version, platform=this_platform()
+        )
+        environment = Environment(
+            key=key,
+            lock=_digest(lock_text),
+            model_lock=_digest(model_text),
+            python=minor,
+            notes=(*dependencies.notes, *python_notes, *project.notes, *model.notes),
+        )
+        return lock_text, model_text, environment
+
+    def materialise(self, lock: str, report: Report) -> Path:
+        """Build the environment of a lock unless it exists; returns its Python interpreter.
+
+        A build that was killed is begun anew; of two builders at once the second waits for the first.
+
+        Raises:
+            FlopsError: ``environment_build_failed``, ``disk_full``, ``unreachable``, ``timeout``.
+        """
+        header = _HEADER.match(lock)
+        if header is None:
+            raise FlopsError(
+                ErrorCode.ENVIRONMENT_BUILD_FAILED, "The lock does not say which Python it is for."
+            )
+        folder = self._root / _digest(lock)
+        if _mark_used(folder):
+            return folder / "bin" / "python"
+        try:
+            with _exclusive(self._root / f"{folder.name}.lock", report) as descriptor:
+                if not _mark_used(folder):
+                    self._build(folder, lock, header, report, descriptor)
+        except OSError as exc:
+            raise file_error(exc, folder) from exc
+        return folder / "bin" / "python"
+
+    def _build(self, folder: Path, lock: str, header: re.Match[str], report: Report, descriptor: int) -> None:
+        python = self._find_python(header["python"])
+        count = len(locked_versions(lock))
+        report(f"Building an environment of {count} packages with Python {header['python']}.")
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._install(folder, lock, python, report, descriptor)
+            self._warm_up(folder, (header["imports"] or "").split(), report, descriptor)
+            write_durably(folder / _COMPLETE, "")
+            sync_folder(self._root)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        report("The environment is ready.")
+
+    def _install(self, folder: Path, lock: str, python: Path, report: Report, descriptor: int) -> None:
+        def watch(news: str) -> None:
+            for line in news.splitlines():
+                if line.strip().startswith(("Downloading", "Building")):
+                    report(line.strip() + ".")
+
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=".building-") as scratch:
+            file = Path(scratch) / "lock.txt"
+            file.write_text(lock)
+            steps = [
+                ["venv", "--python", str(python), "--no-project", str(folder)],
+                ["pip", "sync", "--require-hashes", "--python", str(folder / "bin" / "python"), str(file)],
+            ]
+            for step in steps:
+                done = self._run_uv(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
+                if done.exit_code != 0:
+                    raise _tool_error(
+                        done, ErrorCode.ENVIRONMENT_BUILD_FAILED, f"The environment {folder} cannot be built"
+                    )
+
+    def _warm_up(self, folder: Path, names: Sequence[str], report: Report, descriptor: int) -> None:
+        """Import once what services import at their start; a module that fails is told, not fatal."""
+        with tempfile.TemporaryDirectory() as elsewhere:
+            done = run_command(
+                [str(folder / "bin" / "python"), "-c", _WARM_UP, json.dumps(list(names))],
+                environ=self._environ,
+                cwd=Path(elsewhere),
+                timeout_s=300.0,
+                keep_open=[descriptor],
+            )
+        if _FULL_DISK.search(done.errors):
+            raise FlopsError(ErrorCode.DISK_FULL, f"The disk of {folder} is full.")
+        for line in done.errors.splitlines():
+            name = line.partition(":")[0]
+            if name in _KIT_IMPORTS:
+                raise FlopsError(
+                    ErrorCode.ENVIRONMENT_BUILD_FAILED,
+                    f"The platform's own modules cannot run in the environment: {line[:500]}",
+                )
+            if name in names:
+                report(f"A module cannot be imported in the new environment: {line[:300]}")
+
+    def _lock_project(self, dependencies: Dependencies, needed: Sequence[str], python: Path) -> Solution:
+        attempt = functools.partial(self._attempt, python)
+        try:
+            solution = solve(Problem(dependencies.requirements, tuple(needed)), attempt)
+        except UnsolvableError as exc:
+            raise _unresolvable(dependencies.file, python, exc) from exc
+        if (
+            solution.notes
+        ):  # was something given up for us, or do the user's own requirements not go together?
+            try:
+                attempt(Problem(dependencies.requirements))
+            except UnsolvableError as exc:
+                raise _unresolvable(dependencies.file, python, exc) from exc
+        lock, missing = allow_only(solution.lock, dependencies.hashes)
+        if missing:
+            raise FlopsError(
+                ErrorCode.DEPENDENCIES_UNRESOLVABLE,
+                f"{dependencies.file}: no file of {', '.join(missing)} has a hash that is allowed there.",
+            )
+        return replace(solution, lock=lock)
+
+    def _lock_model(
+        self, project: Solution, dependencies: Dependencies, needed: Sequence[str], python: Path
+    ) -> Solution:
+        own = tuple(text for text in project.own if name_of(text) not in MLFLOW_NAMES)
+        pins = {name: v for name, v in locked_versions(project.lock).items() if name not in MLFLOW_NAMES}
+        try:
+            solution = solve(Problem(own, tuple(needed), pins), functools.partial(self._attempt, python))
+        except UnsolvableError as exc:
+            raise _unresolvable(f"{dependencies.file}, together with MLflow,", python, exc) from exc
+        return replace(solution, lock=allow_only(solution.lock, dependencies.hashes)[0])
+
+    def _attempt(self, python: Path, problem: Problem) -> str:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            (folder / "requirements.in").write_text(
+                "".join(f"{t}\n" for t in (*problem.own, *problem.needed))
+            )
+            pins = "".join(f"{name}=={version}\n" for name, version in sorted(problem.pins.items()))
+            (folder / "pins.txt").write_text(pins)
+            options = ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
+            options += ["--no-emit-index-url", "--no-emit-find-links", "--constraint", "pins.txt"]
+            command = ["pip", "compile", "requirements.in", "--python", str(python), *options]
+            done = self._run_uv(command, folder, self._lock_timeout_s)
+        if done.exit_code != 0:
+            if "No solution found" in done.errors:
+                raise UnsolvableError(done.errors)
+            raise _tool_error(
+                done, ErrorCode.DEPENDENCIES_UNRESOLVABLE, "The dependencies cannot be resolved"
+            )
+        return done.output.decode()
+
+    def _choose_python(self, dependencies: Dependencies) -> tuple[Path, str, tuple[str, ...]]:
+        """Interpreter, its major.minor, and notes; what is asked for when the machine has it."""
+        wanted = SpecifierSet(dependencies.python)
+        if wanted.contains(platform.python_version(), prereleases=True):
+            return _own_python(), _OWN_MINOR, ()
+        installed = self._installed_pythons()
+        for version, path in installed:
+            if wanted.contains(version, prereleases=True):
+                return path, _minor(version), ()
+        asked = {_minor(s.version) for s in wanted if s.operator in {"==", "~="}}
+        version, path = next(
+            ((v, p) for v, p in installed if _minor(v) in asked and _minor(v) != _OWN_MINOR),
+            (platform.python_version(), _own_python()),
+        )
+        note = (
+            f"{dependencies.file} asks for Python {dependencies.python}, Python {version} is used: "
+            f"of the versions on this machine it fits best, and older than {_OLDEST} are not supported."
+        )
+        return path, _minor(version), (note,)
+
+    def _find_python(self, minor: str) -> Path:
+        if minor == _OWN_MINOR:
+            return _own_python()
+        for version, path in self._installed_pythons():
+            if _minor(version) == minor:
+                return path
+        raise FlopsError(
+            ErrorCode.ENVIRONMENT_BUILD_FAILED,
+            f"Python {minor} is not installed on {platform.node()}.",
+            hint=f"Install Python {minor} there, or ask for another one in the dependency file.",
+        )
+
+    def _installed_pythons(self) -> list[tuple[str, Path]]:
+        """Versions and interpreters that can be used, newest first."""
+        command = ["python", "list", "--only-installed", "--output-format", "json"]
+        with tempfile.TemporaryDirectory() as scratch:
+            done = self._run_uv(command, Path(scratch), 60.0)
+        if done.exit_code != 0:
+            return []
+        found = [
+            (Version(entry["version"]), Path(entry["path"]))
+            for entry in json.loads(done.output)
+            if entry.get("implementation") == "cpython" and entry.get("variant") == "default"
+        ]
+        usable = [(version, path) for version, path in found if version.release[:2] >= OLDEST_PYTHON]
+        usable.sort(key=lambda item: item[0], reverse=True)
+        return [(str(version), path) for version, path in usable]
+
+    def _run_uv(
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        timeout_s: float,
+        watch: Callable[[str], None] = lambda _: None,
+        keep_open: Sequence[int] = (),
+    ) -> Completed:
+        try:
+            done = run_command(
+                [str(self._uv), *arguments],
+                environ=self._environ,
+                cwd=cwd,
+                timeout_s=timeout_s,
+                watch=watch,
+                keep_open=keep_open,
+            )
+        except FileNotFoundError as exc:
+            raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, f"{self._uv} is not there.") from exc
+        if done.is_timed_out:
+            raise FlopsError(
+                ErrorCode.TIMEOUT, f"uv {' '.join(arguments[:2])} did not end within {timeout_s:g} s."
+            )
+        return done
+
+
+def this_platform() -> str:
+    """What environments are locked for here, such as ``linux-x86_64-3.11``."""
+    return f"{sys.platform}-{platform.machine()}-{_OWN_MINOR}"
+
+
+def _own_python() -> Path:
+    """The interpreter that our own virtual environment was made from."""
+    path = Path(sys.base_prefix) / "bin" / f"python{_OWN_MINOR}"
+    return path if path.exists() else Path(sys.executable).resolve()
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _tool_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in environ.items() if name not in _PYTHON_VARIABLES}
+    return kept | {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "NO_COLOR": "1"}
+
+
+def _with_header(lock: str, minor: str, imports: Sequence[str]) -> str:
+    return f"# python {minor}\n# imports {' '.join(dict.fromkeys(imports))}\n{lock}"
+
+
+def _digest(text: str) -> Digest:
+    return Digest(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read_folder(repo: Path) -> dict[str, bytes]:
+    """What decides a repository's contract and environment: its Python code and the files in its root."""
+    try:
+        root = [path for path in repo.iterdir() if path.is_file()]
+        code = [path for path in repo.rglob("*.py") if path.is_file()]
+        return {str(path.relative_to(repo)): path.read_bytes() for path in {*root, *code}}
+    except OSError as exc:
+        raise file_error(exc, repo) from exc
+
+
+def _mark_used(folder: Path) -> bool:
+    """Whether the environment is complete; if so, it counts as used now."""
+    try:
+        os.utime(folder / _COMPLETE)
+    except PermissionError:
+        pass
+    except OSError:
+        return False
+    return (folder / "bin" / "python").exists()  # not when the Python it was made from is gone
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, report: Report) -> Iterator[int]:
+    """Hold a lock that others, also uv when we are killed, keep until they end; yields its descriptor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("Waiting for another build of the same environment.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _unresolvable(what: str, python: Path, exc: UnsolvableError) -> FlopsError:
+    return FlopsError(
+        ErrorCode.DEPENDENCIES_UNRESOLVABLE,
+        f"{what} cannot be resolved for {python.name}: {essence(str(exc))}",
+        details={"output": str(exc)[-4_000:]},
+    )
+
+
+def _tool_error(done: Completed, otherwise: ErrorCode, what: str) -> FlopsError:
+    code = otherwise
+    if _FULL_DISK.search(done.errors):
+        code = ErrorCode.DISK_FULL
+    elif _NO_INDEX.search(done.errors):
+        code = ErrorCode.UNREACHABLE
+    elif _NO_BUILD.search(done.errors):
+        code = ErrorCode.ENVIRONMENT_BUILD_FAILED
+    return FlopsError(code, f"{what}: {essence(done.errors)}", details={"output": done.errors[-4_000:]})

@@ -1,0 +1,115 @@
+"""Runs other programs: with a deadline, without a shell, and without leaving anything of them behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+_POLL_S = 0.1
+_MAX_ERRORS_BYTES = 1_048_576
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a program ended.
+
+    Args:
+        exit_code: its exit code, negative for a signal.
+        output: what it wrote to standard output.
+        errors: the end of what it wrote to standard error.
+        is_timed_out: it was ended because the time was up.
+        stopped_because: what `watch` answered, if that ended it.
+    """
+
+    exit_code: int
+    output: bytes
+    errors: str
+    is_timed_out: bool = False
+    stopped_because: str | None = None
+
+
+def run_command(
+    argv: Sequence[str],
+    *,
+    environ: Mapping[str, str],
+    cwd: Path,
+    timeout_s: float,
+    send: bytes = b"",
+    watch: Callable[[str], str | None] = lambda _: None,
+    keep_open: Sequence[int] = (),
+) -> Completed:
+    """Run a program to its end, with all the processes it starts in its own process group.
+
+    Args:
+        argv: the program and its arguments.
+        environ: its whole environment.
+        cwd: the folder it runs in.
+        timeout_s: seconds after which it is killed.
+        send: its standard input.
+        watch: called about every 100 ms with what is new on standard error; a text it returns ends the
+            program.
+        keep_open: file descriptors the program inherits, such as a lock that must outlive us.
+
+    Raises:
+        OSError: when the program cannot be started, or when the disk is full.
+    """
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        stdin.write(send)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            list(argv),
+            stdin=stdin,
+            stdout=out,
+            stderr=err,
+            cwd=cwd,
+            env=dict(environ),
+            process_group=0,
+            pass_fds=tuple(keep_open),
+        )
+        try:
+            is_timed_out, reason = _follow(process, err, timeout_s, watch)
+        finally:
+            _kill_group(process)
+        out.seek(0)
+        return Completed(process.wait(), out.read(), _read(err, 0)[-_MAX_ERRORS_BYTES:], is_timed_out, reason)
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    err: IO[bytes],
+    timeout_s: float,
+    watch: Callable[[str], str | None],
+) -> tuple[bool, str | None]:
+    deadline = time.monotonic() + timeout_s
+    position = 0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL_S)
+        news = _read(err, position)
+        position += len(news.encode(errors="surrogateescape"))
+        if (reason := watch(news)) is not None:
+            return False, reason
+        if process.returncode is not None:
+            return False, None
+        if time.monotonic() > deadline:
+            return True, None
+
+
+def _read(file: IO[Any], position: int) -> str:
+    # The child shares the file's offset, so reading must not move it.
+    data = os.pread(file.fileno(), 64 * _MAX_ERRORS_BYTES, position)
+    return data.decode(errors="surrogateescape")
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
