@@ -49,13 +49,6 @@ def node_conf_file(paths: NodePaths) -> ConfFile:
     return ConfFile(paths.conf, lambda: dict(default_configuration().raw), check_configuration)
 
 
-def run_builder(arguments: list[str]) -> int:
-    """Run a builder: a service, given its context file."""
-    from flops.wiring_environments import run_builder_process
-
-    return run_builder_process(arguments)
-
-
 def run_control_plane(arguments: list[str]) -> int:
     """Run manager, cluster orchestrator and MLflow server."""
     from flops.wiring_control import run_control_plane_process
@@ -174,7 +167,6 @@ def run_mock_data_provider(arguments: list[str]) -> int:
 
 
 PROCESSES: Mapping[str, Callable[[list[str]], int]] = {
-    "builder": run_builder,
     "builder": run_builder,
     "control-plane": run_control_plane,
     "data-server": run_data_server,
