@@ -42,7 +42,7 @@ def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> 
     """Choose the nodes of a project; the same arguments give the same answer.
 
     Learners are spread over capable nodes, powerful ones first, and doubled up only when there are more
-    learners than capable nodes (docs/adr/0003-learners-per-node.md).
+    learners than capable nodes (docs/adr/0005-learners-per-node.md).
 
     Args:
         sla: what is asked for.
