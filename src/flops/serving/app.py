@@ -1,0 +1,306 @@
+"""The inference server: ``python -m flops.serving.app CONTEXT.json``, in the model's environment.
+
+It answers as ``mlflow models serve`` does: parsing, predicting and answering is MLflow's own scoring code,
+but for plain rows of numbers, for which there is a short way with the same result. Errors have the one shape
+of FLOps, with the status MLflow gives them.
+
+This module is part of the actor kit. Beside the standard library and numpy it needs what the environment has:
+MLflow, Starlette, uvicorn and orjson.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import mlflow
+import numpy as np
+import orjson
+import pandas as pd
+import uvicorn
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel, scoring_server
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flops.actor import ActorContext, EventLog, run_actor
+from flops.errors import ErrorCode, FlopsError
+
+BODY_BYTES_MOST = 64 * 2**20
+_GRACE_S = 5
+_BACKLOG = 2048
+_REASON_CHARACTERS = 300
+_ROW_KEYS = frozenset({"inputs", "instances"})
+_JSON_TYPES = frozenset(
+    {"application/json", "application/json; charset=utf-8", "application/json;charset=utf-8"}
+)
+
+
+class Model:
+    """A loaded MLflow model that answers requests.
+
+    Args:
+        folder: the model's folder.
+
+    Raises:
+        FlopsError: ``model_unloadable``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.pyfunc: PyFuncModel = mlflow.pyfunc.load_model(str(folder))
+        except Exception as exc:
+            raise FlopsError(
+                ErrorCode.MODEL_UNLOADABLE,
+                f"The model cannot be loaded: {type(exc).__name__}: {exc}",
+                hint="A module that is missing must be in the repository or in its dependency file.",
+                details={"traceback": traceback.format_exc()},
+            ) from exc
+        self._schema = self.pyfunc.metadata.get_input_schema()
+        self._width, self._dtype = _plain_rows(self._schema)
+        self._predict_rows = _row_predictor(self.pyfunc)
+
+    @property
+    def expected(self) -> str:
+        """What the model takes, for people."""
+        if self._schema is None:
+            return "The model does not say what it expects: it was saved without a signature."
+        if self._width is not None:
+            return f"The model expects rows of {self._width} numbers ({self._dtype})."
+        return f"The model expects {self._schema}."
+
+    def signature(self) -> dict[str, Any] | None:
+        """Inputs and outputs as MLflow describes them."""
+        found = self.pyfunc.metadata.signature
+        return None if found is None else {k: orjson.loads(v) for k, v in found.to_dict().items() if v}
+
+    def answer(self, body: bytes, content_type: str) -> bytes:
+        """Predict; returns the JSON of ``{"predictions": …}``.
+
+        Raises:
+            FlopsError: ``input_invalid``.
+        """
+        quick = self._answer_rows(body) if content_type.lower() in _JSON_TYPES else None
+        if quick is not None:
+            return quick
+        if self._width is not None and content_type.startswith("text/csv"):
+            body, content_type = self._json_of_csv(body), "application/json"
+        try:
+            result = scoring_server.invocations(body, content_type, self.pyfunc, self._schema)
+        except MlflowException as exc:
+            message = f"{_reason_of(exc)} {self.expected}"
+            raise StatusError(ErrorCode.INPUT_INVALID, message, exc.get_http_status_code()) from exc
+        if result.status != HTTPStatus.OK:
+            raise StatusError(ErrorCode.INPUT_INVALID, str(result.response), int(result.status))
+        return str(result.response).encode()
+
+    def _json_of_csv(self, body: bytes) -> bytes:
+        """A CSV's rows as JSON: MLflow's own server reads a CSV only for models that name their columns."""
+        try:
+            rows = pd.read_csv(BytesIO(body)).to_numpy(self._dtype)
+        except (ValueError, OverflowError) as exc:
+            message = f"The CSV cannot be read: {exc}. {self.expected}"
+            raise StatusError(ErrorCode.INPUT_INVALID, message, HTTPStatus.BAD_REQUEST) from exc
+        return json.dumps({"inputs": rows.tolist()}).encode()
+
+    def _answer_rows(self, body: bytes) -> bytes | None:
+        """The short way for plain rows of numbers; None when it is something else, or anything is odd."""
+        if self._width is None:
+            return None
+        try:
+            ((key, values),) = orjson.loads(body).items()
+            rows = np.asarray(values)
+            is_exact = rows.dtype == self._dtype or (rows.dtype.kind in "if" and self._dtype.kind == "f")
+            if key not in _ROW_KEYS or not is_exact or rows.shape != (len(rows), self._width):
+                return None
+            predictions = self._predict_rows(rows.astype(self._dtype, copy=False))
+        except Exception:  # noqa: BLE001 (the long way meets it again, and tells it as MLflow does)
+            return None
+        if not isinstance(predictions, np.ndarray) or predictions.dtype.kind not in "biufU":
+            return None
+        if predictions.dtype.kind == "f" and not np.isfinite(predictions).all():
+            return None  # JSON has no NaN; MLflow writes it nevertheless
+        return orjson.dumps({"predictions": predictions.tolist()})
+
+
+class StatusError(FlopsError):
+    """An error with another HTTP status than the catalogue's: the one that MLflow's server gives."""
+
+    def __init__(self, code: ErrorCode, message: str, status: int) -> None:
+        super().__init__(code, message)
+        self.status = status
+
+
+def _plain_rows(schema: Any) -> tuple[int | None, np.dtype[Any]]:
+    """Width and type of the rows, when the model takes one array of two dimensions; else no width."""
+    if schema is not None and schema.is_tensor_spec() and len(schema.inputs) == 1:
+        shape, dtype = schema.inputs[0].shape, np.dtype(schema.inputs[0].type)
+        if schema.inputs[0].name is None and len(shape) == 2 and shape[1] > 0 and dtype.kind in "if":
+            return int(shape[1]), dtype
+    return None, np.dtype(float)
+
+
+def _row_predictor(model: PyFuncModel) -> Callable[[Any], Any]:
+    """scikit-learn's own predict, because MLflow's checks cost more than it; other models: MLflow's."""
+    conf = model.metadata.flavors.get("python_function", {})
+    if "sklearn" in model.metadata.flavors and conf.get("predict_fn", "predict") == "predict":
+        return cast(Callable[[Any], Any], model.get_raw_model().predict)
+    return cast(Callable[[Any], Any], model.predict)
+
+
+def _reason_of(exc: MlflowException) -> str:
+    """The essence of MLflow's long messages: the innermost reason, one line."""
+    trace = str(exc.json_kwargs.get("stack_trace") or "").strip()
+    text = str(exc.message).partition(" IMPORTANT:")[0]
+    if "valid JSON formatted string" in text:
+        return "The body is not valid JSON."
+    if trace and "Traceback" in trace:
+        errors = [line for line in trace.splitlines() if line and not line.startswith((" ", "Traceback"))]
+        text = errors[0] if errors else text
+    elif "Error: " in text:
+        text = text.rpartition("Error: ")[2]
+    line = text.strip().splitlines()[0][:_REASON_CHARACTERS] if text.strip() else "The input was refused."
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def application(model: Model, context: ActorContext, on_start: Callable[[], None]) -> Starlette:
+    """The routes."""
+    config = context.config
+    described = {
+        "project_id": config.get("project_id", context.project_id),
+        "model": {"name": config.get("model_name", ""), "version": config.get("model_version", "")},
+        "signature": model.signature(),
+        "expected": model.expected,
+        "mlflow_version": mlflow.__version__,
+        "links": {"predict": "/invocations", "ping": "/ping", "health": "/health", "version": "/version"},
+    }
+    description = orjson.dumps(described)
+
+    async def invocations(request: Request) -> Response:
+        body = await _read_body(request)
+        content_type = request.headers.get("content-type", "").strip()
+        return _json(await run_in_threadpool(model.answer, body, content_type))
+
+    async def describe(_: Request) -> Response:
+        return _json(description)
+
+    async def ping(_: Request) -> Response:
+        return _json(b"\n")
+
+    async def version(_: Request) -> Response:
+        return _json(mlflow.__version__.encode())
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        on_start()
+        yield
+
+    return Starlette(
+        routes=[
+            Route("/", describe),
+            Route("/invocations", invocations, methods=["POST"]),
+            Route("/ping", ping),
+            Route("/health", ping),
+            Route("/version", version),
+        ],
+        exception_handlers={
+            FlopsError: _answer_error,
+            HTTPException: _answer_http,
+            Exception: _answer_defect,
+        },
+        lifespan=lifespan,
+    )
+
+
+async def _read_body(request: Request) -> bytes:
+    chunks = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > BODY_BYTES_MOST:
+            message = f"The request is larger than {BODY_BYTES_MOST // 2**20} MiB; send fewer rows at once."
+            raise StatusError(ErrorCode.INPUT_INVALID, message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _json(content: bytes, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _answer_error(_: Request, exc: Exception) -> Response:
+    if not isinstance(exc, FlopsError):
+        raise exc
+    status = exc.status if isinstance(exc, StatusError) else exc.spec.http_status
+    return _json(orjson.dumps(exc.to_dict()), status)
+
+
+def _answer_http(request: Request, exc: Exception) -> Response:
+    if not isinstance(exc, HTTPException):
+        raise exc
+    code = ErrorCode.NOT_FOUND if exc.status_code == HTTPStatus.NOT_FOUND else ErrorCode.USAGE
+    hint = "GET / describes the model and lists the addresses."
+    error = FlopsError(code, f"{request.method} {request.url.path}: {exc.detail}.", hint=hint)
+    return _json(orjson.dumps(error.to_dict()), exc.status_code, exc.headers)
+
+
+def _answer_defect(_: Request, exc: Exception) -> Response:
+    error = FlopsError(ErrorCode.INTERNAL, f"The prediction failed: {type(exc).__name__}.")
+    return _json(orjson.dumps(error.to_dict()), error.spec.http_status)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket on `port`, or on any free one when it is taken.
+
+    Raises:
+        FlopsError: ``config_invalid`` when `host` is not this machine's.
+    """
+    for candidate in (port, 0):
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, candidate))
+            listener.listen(_BACKLOG)
+        except OSError as exc:
+            listener.close()
+            if candidate == 0:
+                raise FlopsError(
+                    ErrorCode.CONFIG_INVALID, f"The inference server cannot listen on {host}: {exc.strerror}."
+                ) from exc
+        else:
+            return listener
+    raise AssertionError("the last candidate returns or raises")
+
+
+def main(context: ActorContext, events: EventLog) -> None:
+    """Load the model, listen, tell where, and serve until SIGTERM.
+
+    Raises:
+        FlopsError: ``model_unloadable``, ``config_invalid``.
+    """
+    events.tell("progress", message="Loading the model.")
+    model = Model(Path(context.repo_dir))
+    listener = listen(context.host, int(context.config.get("port", 8080)))
+    host = f"[{context.host}]" if ":" in context.host else context.host
+    address = f"{host}:{listener.getsockname()[1]}"
+    app = application(model, context, lambda: events.tell("listening", address=address))
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in peace, then raises the signal once more
+    config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    sys.exit(run_actor(main))
