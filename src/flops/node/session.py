@@ -115,6 +115,7 @@ class Session:
         self._told, self._told_addons = dict(statuses), (addons, tags)
         welcome = self._expect_welcome()
         self._acknowledged = dict(welcome.acknowledged)
+        self._readers.clear()  # made before it was known where they begin
         self._supervisor.ensure(welcome.services, welcome.stopping)
         return welcome
 

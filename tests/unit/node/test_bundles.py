@@ -83,7 +83,9 @@ def test_nothing_is_written_behind_a_link(tmp_path: Path) -> None:
         store(tmp_path, data).folder_of(DIGEST)
 
 
-@pytest.mark.parametrize("data", [b"", b"text", archive(("a", b"x" * 10_000))[:-30]])
+@pytest.mark.parametrize(
+    "data", [b"", b"text", archive(("a", b"x" * 10_000))[:-30]], ids=["empty", "text", "cut off"]
+)
 def test_a_damaged_bundle_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(FlopsError) as caught:
         store(tmp_path, data).folder_of(DIGEST)
