@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
@@ -53,6 +55,27 @@ def open_data(path: Path) -> DataSource:
             raise FlopsError(ErrorCode.DATA_EMPTY, f"{path} is empty.")
         source = _open_file(path, magic)
         return DataSource(source.schema, _reading(path, source.batches))
+
+
+def save_parquet(schema: pa.Schema, batches: Iterable[pa.RecordBatch], path: Path) -> int:
+    """Write rows to a Parquet file, which is whole or not there; returns how many they were.
+
+    Raises:
+        FlopsError: ``file_unreadable``, ``disk_full``.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    rows = 0
+    try:
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                rows += batch.num_rows
+        temporary.replace(path)
+    except OSError as exc:
+        raise file_error(exc, path) from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows
 
 
 def _open_file(path: Path, magic: bytes) -> DataSource:

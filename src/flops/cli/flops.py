@@ -13,6 +13,7 @@ import typer
 import flops
 from flops.cli.cluster_commands import mock_data, model, node, tracking
 from flops.cli.connection import connected
+from flops.cli.data_commands import data
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_facts, print_line, run_app, say
 from flops.cli.project_commands import project
 
@@ -27,6 +28,7 @@ app.add_typer(project, name="project")
 app.add_typer(project, name="p", hidden=True)
 app.add_typer(mock_data, name="mock-data")
 app.add_typer(node, name="node")
+app.add_typer(data, name="data")
 app.add_typer(model, name="model")
 app.command("tracking")(tracking)
 
