@@ -291,6 +291,7 @@ def test_a_new_daemon_goes_on_with_the_line_that_is_missing(world: World) -> Non
     (report,) = world.connection.of(ActorEventReport)
     assert isinstance(report, ActorEventReport)
     assert report.line == 2
+    until(lambda: world.state() is ServiceState.COMPLETED)
     world.order(Acknowledged(service_id=S1, line=2))
     assert world.told_states() == [ServiceState.COMPLETED]
     assert world.runtime.running() == []
