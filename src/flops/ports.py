@@ -67,8 +67,7 @@ class ProjectStore(Protocol):
     def get(self, project_id: ProjectId) -> Project:
         """Load a project.
 
-        Raises:
-            FlopsError: ``project_not_found``.
+        Raises: FlopsError: ``project_not_found``.
         """
         ...
 
@@ -190,8 +189,7 @@ class Orchestrator(Protocol):
     def start_service(self, spec: ServiceSpec) -> None:
         """Have a node run a service. The same id again changes nothing; a node that is away gets it later.
 
-        Raises:
-            FlopsError: ``node_not_found``.
+        Raises: FlopsError: ``node_not_found``.
         """
         ...
 
@@ -206,8 +204,7 @@ class Orchestrator(Protocol):
     def service_logs(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
         """The end of a service's output.
 
-        Raises:
-            FlopsError: ``service_not_found``, ``node_lost``, ``timeout``.
+        Raises: FlopsError: ``service_not_found``, ``node_lost``, ``timeout``.
         """
         ...
 
@@ -246,8 +243,7 @@ class BlobUpload(Protocol):
     def write(self, chunk: bytes) -> None:
         """Take in the next bytes.
 
-        Raises:
-            FlopsError: ``disk_full``.
+        Raises: FlopsError: ``disk_full``.
         """
         ...
 
@@ -274,8 +270,7 @@ class BlobStreams(Blobs, Protocol):
     def size(self, digest: Digest) -> int:
         """Size in bytes.
 
-        Raises:
-            FlopsError: ``not_found``.
+        Raises: FlopsError: ``not_found``.
         """
         ...
 
@@ -312,16 +307,14 @@ class Environments(Protocol):
             flavor: the MLflow flavor whose libraries are needed to save the model.
             report: is told each step, in one sentence.
 
-        Raises:
-            FlopsError: ``dependencies_invalid``, ``dependencies_unresolvable``.
+        Raises: FlopsError: ``dependencies_invalid``, ``dependencies_unresolvable``.
         """
         ...
 
     def materialise(self, lock: str, report: Callable[[str], None]) -> Path:
         """Build the environment of a lock unless it exists; returns its Python interpreter.
 
-        Raises:
-            FlopsError: ``environment_build_failed``, ``disk_full``.
+        Raises: FlopsError: ``environment_build_failed``, ``disk_full``.
         """
         ...
 
@@ -433,8 +426,7 @@ class FragmentUpload(Protocol):
     def write(self, batch: Any) -> None:
         """Take in the next rows, a ``pyarrow.RecordBatch`` of the upload's schema.
 
-        Raises:
-            FlopsError: ``disk_full``.
+        Raises: FlopsError: ``disk_full``.
         """
         ...
 
@@ -445,8 +437,7 @@ class FragmentUpload(Protocol):
     def seal(self) -> None:
         """Make the rows durable; no more follow.
 
-        Raises:
-            FlopsError: ``disk_full``.
+        Raises: FlopsError: ``disk_full``.
         """
         ...
 
@@ -473,8 +464,7 @@ class FragmentStore(Protocol):
     def begin(self, tag: str, schema: Any) -> FragmentUpload:
         """Begin an upload.
 
-        Raises:
-            FlopsError: ``disk_full``.
+        Raises: FlopsError: ``disk_full``.
         """
         ...
 

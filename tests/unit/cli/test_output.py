@@ -111,7 +111,7 @@ def test_an_error_in_json_mode_is_the_one_envelope(capsys: pytest.CaptureFixture
 def test_an_unforeseen_exception_is_kept_in_a_log_and_not_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("crash", "--format", "json", log_folder=tmp_path / "logs") == 70
+    assert run("crash", "--format", "json", log_folder=tmp_path / "logs") == 100
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     error = json.loads(captured.out)["error"]
