@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import ipaddress
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -14,8 +15,10 @@ from flops.core.model import Value
 from flops.core.project import Project, ProjectEvent
 from flops.errors import ErrorCode, FlopsError
 
-_RECONNECT_AFTER_S = 0.5
-_GIVE_UP_AFTER_S = 60.0
+RECONNECT_AFTER_S = 0.5
+GIVE_UP_AFTER_S = 60.0
+_SILENCE_S = 30.0  # the manager sends a comment every 10 s, also when nothing happens
+_CHUNK_BYTES = 1_048_576
 
 M = TypeVar("M", bound=Value)
 
@@ -26,20 +29,19 @@ class ApiClient:
     Args:
         url: base URL of the manager.
         token_file: file with the admin token; it is read anew for each client.
+
+    Raises:
+        FlopsError: ``file_unreadable`` for the token, ``usage`` for the URL.
     """
 
     def __init__(self, url: str, token_file: Path) -> None:
-        try:
-            token = token_file.read_text().strip()
-        except OSError as exc:
-            raise FlopsError(
-                ErrorCode.FILE_UNREADABLE, f"The admin token cannot be read: {token_file}: {exc.strerror}."
-            ) from exc
         self.url = url.rstrip("/")
+        host = _host_of(self.url)
         self._http = httpx.Client(
             base_url=f"{self.url}/api/flops",
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(30.0, connect=5.0),
+            headers={"Authorization": f"Bearer {_read_token(token_file)}"},
+            timeout=httpx.Timeout(_SILENCE_S, connect=5.0),
+            trust_env=not _is_this_machine(host),  # a proxy of the environment cannot reach this machine
         )
 
     def close(self) -> None:
@@ -54,61 +56,86 @@ class ApiClient:
         """
         return self._parse(model, self._request("GET", path, params=_given(query)))
 
-    def post(self, path: str, model: type[M], body: Mapping[str, Any] | bytes | None = None) -> M:
-        """POST a JSON body or bytes and parse the answer; raises as `get`."""
-        if isinstance(body, bytes):
-            return self._parse(model, self._request("POST", path, content=body))
+    def post(self, path: str, model: type[M], body: Mapping[str, Any] | None = None) -> M:
+        """POST a JSON body and parse the answer; raises as `get`."""
         return self._parse(model, self._request("POST", path, json=body))
 
-    def delete(self, path: str, model: type[M], **options: Any) -> M:
+    def upload(self, file: Path, model: type[M]) -> M:
+        """Send a file as a blob, piece by piece.
+
+        Raises:
+            FlopsError: ``file_unreadable``, or as `get`.
+        """
+        try:
+            with file.open("rb") as content:
+                pieces: Iterable[bytes] = iter(lambda: content.read(_CHUNK_BYTES), b"")
+                return self._parse(model, self._request("POST", "/blobs", content=pieces))
+        except OSError as exc:
+            raise FlopsError(
+                ErrorCode.FILE_UNREADABLE, f"{file} cannot be read: {exc.strerror or exc}."
+            ) from exc
+
+    def delete(self, path: str, model: type[M], **query: Any) -> M:
         """DELETE a path and parse the answer; raises as `get`."""
-        return self._parse(model, self._request("DELETE", path, **options))
+        return self._parse(model, self._request("DELETE", path, params=_given(query)))
 
     def project(self, project_id: str) -> Project:
         """Load a project; raises as `get`."""
-        return self.get(f"/projects/{project_id}", Project)
+        return self.get(project_path(project_id), Project)
 
     def history(self, project_id: str) -> list[ProjectEvent]:
         """A project's events so far; raises as `get`."""
-        self.project(project_id)
         try:
             return list(self._stream(project_id, 0, is_followed=False))
         except httpx.TransportError as exc:
             raise self._unreachable(exc) from exc
 
-    def follow(self, project_id: str, *, after: int = 0) -> Iterator[ProjectEvent]:
+    def follow(
+        self, project_id: str, *, after: int = 0, on_gap: Callable[[FlopsError], None] = lambda _: None
+    ) -> Iterator[ProjectEvent]:
         """Yield a project's events as they happen, until its last one.
 
         The stream is opened again when the manager restarts; no event is lost or yielded twice.
 
+        Args:
+            project_id: the project.
+            after: only events with a higher `seq`.
+            on_gap: is told once each time the manager stops answering.
+
         Raises:
-            FlopsError: ``unreachable`` when the manager stays away, or what the manager answered.
+            FlopsError: ``unreachable`` when the manager stays away for a minute, or what it answered.
         """
         seen, away_since = after, None
         while True:
             try:
                 for event in self._stream(project_id, seen):
-                    seen, away_since = event.seq, None
-                    yield event
-                if self.project(project_id).stage.is_final:
+                    away_since = None
+                    if event.seq > seen:
+                        seen = event.seq
+                        yield event
+                project, away_since = self.project(project_id), None
+                if project.stage.is_final and seen >= project.history_length:
                     return
             except (httpx.TransportError, FlopsError) as exc:
-                if isinstance(exc, FlopsError) and exc.code is not ErrorCode.UNREACHABLE:
+                error = exc if isinstance(exc, FlopsError) else self._unreachable(exc)
+                if error.code is not ErrorCode.UNREACHABLE:
                     raise
-                away_since = away_since if away_since is not None else time.monotonic()
-                if time.monotonic() - away_since > _GIVE_UP_AFTER_S:
-                    raise self._unreachable(exc) from exc
-            time.sleep(_RECONNECT_AFTER_S)
+                if away_since is None:
+                    away_since = time.monotonic()
+                    on_gap(error)
+                if time.monotonic() - away_since > GIVE_UP_AFTER_S:
+                    raise error from exc
+            time.sleep(RECONNECT_AFTER_S)
 
     def _stream(self, project_id: str, after: int, *, is_followed: bool = True) -> Iterator[ProjectEvent]:
-        path = f"/projects/{project_id}/events"
-        query = {"after": str(after), "follow": str(is_followed).lower()}
-        headers = {"Accept": "text/event-stream"}
-        timeout = httpx.Timeout(60.0, connect=5.0)
-        with self._http.stream("GET", path, params=query, headers=headers, timeout=timeout) as response:
+        path = f"{project_path(project_id)}/events"
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        with self._http.stream(
+            "GET", path, params={"follow": str(is_followed).lower()}, headers=headers
+        ) as response:
             if response.is_error:
                 response.read()
-                raise _error_of(response)
+                raise self._error_of(response)
             for line in response.iter_lines():
                 if line.startswith("data:"):
                     yield ProjectEvent.model_validate_json(line.removeprefix("data:").strip())
@@ -119,32 +146,78 @@ class ApiClient:
         except httpx.TransportError as exc:
             raise self._unreachable(exc) from exc
         if response.is_error:
-            raise _error_of(response)
+            raise self._error_of(response)
         return response
 
     def _parse(self, model: type[M], response: httpx.Response) -> M:
         try:
             return model.model_validate_json(response.content)
         except ValueError as exc:
-            raise FlopsError(
-                ErrorCode.UNREACHABLE, f"What answers at {self.url} is no FLOps manager of this version."
-            ) from exc
+            raise self._no_manager() from exc
+
+    def _error_of(self, response: httpx.Response) -> FlopsError:
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict) or "code" not in body:
+            return self._no_manager()
+        error = FlopsError.from_dict(body)
+        if error.code is ErrorCode.INTERNAL and body.get("request_id"):
+            error.details.setdefault("request_id", body["request_id"])
+        return error
+
+    def _no_manager(self) -> FlopsError:
+        return FlopsError(
+            ErrorCode.UNREACHABLE,
+            f"What answers at {self.url} is no FLOps manager of this version.",
+            hint="`flops status` says where the manager is; --url and FLOPS_URL name another one.",
+        )
 
     def _unreachable(self, exc: Exception) -> FlopsError:
         return FlopsError(
             ErrorCode.UNREACHABLE,
-            f"The manager at {self.url} does not answer: {exc}.",
-            hint="Start the control plane with `flops up`, or give the right --url.",
+            f"The manager at {self.url} does not answer: {str(exc) or type(exc).__name__}.",
+            hint="Start the control plane with `flops up`, or name another one with --url or FLOPS_URL.",
         )
+
+
+def project_path(project_id: str) -> str:
+    """The path of a project, whatever a user typed as its id."""
+    return f"/projects/{quote(project_id, safe='')}"
 
 
 def _given(query: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in query.items() if value is not None}
 
 
-def _error_of(response: httpx.Response) -> FlopsError:
+def _host_of(url: str) -> str:
     try:
-        body = response.json()
-    except json.JSONDecodeError:
-        body = {"message": f"{response.url} answered {response.status_code} without a reason."}
-    return FlopsError.from_dict(body)
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as exc:
+        raise FlopsError(ErrorCode.USAGE, f"{url!r} is no URL: {exc}.") from exc
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise FlopsError(ErrorCode.USAGE, f"{url!r} is no URL of a manager, such as http://127.0.0.1:5072.")
+    return parsed.host
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"The admin token cannot be read from {path}: {reason}.",
+            hint="Name its file with --token-file or FLOPS_TOKEN_FILE; `flops up` printed where it is.",
+        ) from exc
+    if not token or not token.isascii() or not token.isprintable():
+        raise FlopsError(ErrorCode.FILE_UNREADABLE, f"{path} holds no token.")
+    return token

@@ -14,11 +14,13 @@ from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:
     from flops.cli.api_client import ApiClient
+    from flops.core.project import MockData
 
 node = typer.Typer(help="Nodes of the cluster.", no_args_is_help=True)
 mock_data = typer.Typer(help="Mock data providers stand in for devices.", no_args_is_help=True)
 model = typer.Typer(help="Trained models.", no_args_is_help=True)
 
+DATASET_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".npz", ".arrow"})
 _POLL_S = 0.3
 
 
@@ -52,6 +54,7 @@ def list_nodes(output_format: FormatOption = OutputFormat.TABLE) -> None:
 def create_mock_data(
     sla: Annotated[Path, typer.Argument(help="JSON file with the mock-data SLA.")],
     watch: Annotated[bool, typer.Option("--watch", help="Wait until the data is stored.")] = False,
+    output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Have mock data providers push a dataset to learner nodes; prints the provider's id."""
     from flops.core.sla import parse_mock_data_sla
@@ -59,26 +62,63 @@ def create_mock_data(
 
     content = read_sla(sla)
     wanted = parse_mock_data_sla(content).mock_data_configuration
-    dataset = sla.parent / wanted.dataset_name
+    file = dataset_file(wanted.dataset_name, sla.parent)
     with connected() as api:
-        if dataset.is_file():
-            content["dataset_blob"] = api.post("/blobs", BlobStored, dataset.read_bytes()).digest
+        if file is not None:
+            say(f"Sends {file} along.")
+            content["dataset_blob"] = api.upload(file, BlobStored).digest
+            content["mock_data_configuration"]["dataset_name"] = file.name
         created = api.post("/mocks", MockDataCreated, content)
-        print_line(created.mock_data_id)
-        say(created.message)
-        while watch and not _is_pushed(api, created.mock_data_id):
-            time.sleep(_POLL_S)
+        mock_data_id = created.mock_data_id
+        if output_format is OutputFormat.TABLE:
+            print_line(mock_data_id)
+        say(f"{created.message}.")
+        record = _wait_for_data(api, mock_data_id) if watch else None
+    data = {"mock_data_id": mock_data_id, "mock_data": record}
+    print_data(data, output_format, lambda: None)
 
 
-def _is_pushed(api: ApiClient, mock_data_id: str) -> bool:
+def dataset_file(name: str, folder: Path) -> Path | None:
+    """The file that a dataset's name stands for; None when it is the name of a known dataset.
+
+    Args:
+        name: ``dataset_name`` of an SLA.
+        folder: where the SLA's file is; relative paths start there.
+
+    Raises:
+        FlopsError: ``file_unreadable`` when the name looks like a path and no such file exists.
+    """
+    path = (folder / Path(name).expanduser()).resolve()
+    if path.is_file():
+        return path
+    looks_like_path = name.startswith((".", "/", "~")) or path.suffix.lower() in DATASET_SUFFIXES
+    if not looks_like_path:
+        return None
+    raise FlopsError(
+        ErrorCode.FILE_UNREADABLE,
+        f"dataset_name is {name!r}, and there is no file {path}.",
+        hint="Give a file, starting at the SLA's folder, or the name of a dataset; docs/sla.md lists them.",
+    )
+
+
+def _wait_for_data(api: ApiClient, mock_data_id: str) -> MockData:
     from flops.wire.rest import MockDataList
 
-    record = next(r for r in api.get("/mocks", MockDataList).mock_data if r.id == mock_data_id)
-    if record.failure is not None:
-        raise FlopsError.from_dict(record.failure.model_dump())
-    if record.state == "completed":
-        say(f"{record.rows:,} rows are stored on {', '.join(record.nodes)}.")
-    return record.state == "completed"
+    told = -1
+    while True:
+        records = api.get("/mocks", MockDataList).mock_data
+        record = next((r for r in records if r.id == mock_data_id), None)
+        if record is None:
+            raise FlopsError(ErrorCode.NOT_FOUND, f"There is no mock data {mock_data_id} any more.", hint="")
+        if record.failure is not None:
+            raise FlopsError.from_dict(record.failure.model_dump())
+        if record.rows != told:
+            told = record.rows
+            say(f"{told:,} rows pushed to {', '.join(record.nodes)}.")
+        if record.state == "completed":
+            say(f"Completed: {record.rows:,} rows are stored on {', '.join(record.nodes)}.")
+            return record
+        time.sleep(_POLL_S)
 
 
 @mock_data.command("list")
@@ -122,20 +162,28 @@ def list_models(output_format: FormatOption = OutputFormat.TABLE) -> None:
     print_data(models, output_format, show)
 
 
-def tracking(output_format: FormatOption = OutputFormat.TABLE) -> None:
+def tracking(
+    customer_id: Annotated[str, typer.Option(help="Every customer has the same server.")] = "Admin",
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
     """Print the URL of the MLflow server and its GUI."""
     from flops.wire.rest import TrackingServer
 
     with connected() as api:
-        server = api.get("/tracking", TrackingServer)
+        server = api.get("/tracking", TrackingServer, customerID=customer_id)
     print_data(server, output_format, lambda: print_line(server.tracking_server_url))
 
 
 @model.command()
 def predict(
     project_id: Annotated[str, typer.Argument(help="Id of the project whose model is served.")],
-    file: Annotated[Path, typer.Argument(help="Parquet, CSV or NPZ file with rows for the model.")],
+    file: Annotated[
+        Path, typer.Argument(help="Parquet, Arrow, CSV, NPZ or JSON file with rows, or folder of images.")
+    ],
     limit: Annotated[int | None, typer.Option(min=1, help="Send only the first rows.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column to keep back and to show beside [label, labels, target, y].")
+    ] = None,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Send rows to a served model; prints predictions, beside labels when the file has them."""
@@ -147,13 +195,15 @@ def predict(
         raise FlopsError(
             ErrorCode.MODEL_NOT_FOUND,
             f"Project {project_id} serves no model: it is {project.stage}.",
-            hint="A model is served when post_training_steps asks for it, after the training.",
+            hint="A model is served after the training when post_training_steps asks for it.",
         )
-    result = predict_file(project.inference_url, file, limit)
+    result = predict_file(project.inference_url, file, limit, label)
 
     def show() -> None:
-        print_table(["row", "prediction", "label"], [(r.row, r.prediction, r.label) for r in result.rows])
-        if result.accuracy is not None:
-            print_line(f"Accuracy on {len(result.rows):,} rows: {result.accuracy:.3f}")
+        has_labels = any(row.label is not None for row in result.rows)
+        columns = ["row", "prediction", "label"] if has_labels else ["row", "prediction"]
+        print_table(columns, [(r.row, r.prediction, r.label)[: len(columns)] for r in result.rows])
 
     print_data(result, output_format, show)
+    if result.accuracy is not None:
+        say(f"Accuracy on {len(result.rows):,} rows: {result.accuracy:.3f}")

@@ -1,43 +1,65 @@
-"""``flops up``, ``down``, ``status``: the control plane of this machine, as a background process."""
+"""The control plane of this machine as a process: finding, starting and ending it."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from flops.adapters.system_clock import SystemClock
 from flops.cli.output import say
-from flops.control.lifetime import ENDPOINT_FILE, STARTUP_ERROR_FILE
-from flops.errors import ErrorCode, FlopsError
-from flops.settings import inherited_environment
+from flops.control.lifetime import ENDPOINT_FILE, LOCK_FILE, STARTUP_ERROR_FILE
+from flops.errors import CATALOGUE, ErrorCode, FlopsError
+from flops.settings import ControlSettings, inherited_environment
 
 LOG_FILE = "control.log"
-_READY_WITHIN_S = 60.0
-_ENDED_WITHIN_S = 30.0
+READY_WITHIN_S = 60.0
+ENDED_WITHIN_S = 30.0
 _POLL_S = 0.05
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What `stop_control_plane` has ended.
+
+    Args:
+        endpoint: what the control plane had told its clients; empty when it had told nothing yet.
+        pid: its process.
+        ran_s: seconds it had run.
+        killed: processes that had to be killed.
+    """
+
+    endpoint: Mapping[str, Any]
+    pid: int
+    ran_s: float
+    killed: tuple[int, ...]
 
 
 def read_endpoint(folder: Path) -> dict[str, Any] | None:
     """What the running control plane of a folder tells its clients; None when none runs."""
     try:
         endpoint: dict[str, Any] = json.loads((folder / ENDPOINT_FILE).read_text())
-    except (OSError, json.JSONDecodeError):
+        return endpoint if _is_control_plane(int(endpoint["pid"])) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return endpoint if _is_control_plane(int(endpoint["pid"])) else None
 
 
-def start_control_plane(folder: Path, options: list[str]) -> dict[str, Any]:
+def start_control_plane(settings: ControlSettings, options: Sequence[str]) -> Mapping[str, Any]:
     """Start the control plane in the background, and wait until it is ready.
 
     Args:
-        folder: its state.
+        settings: as the process will have them.
         options: arguments of its process, such as ``--manager-port=5072``.
 
     Returns:
@@ -46,77 +68,177 @@ def start_control_plane(folder: Path, options: list[str]) -> dict[str, Any]:
     Raises:
         FlopsError: ``already_running``, ``port_occupied``, ``timeout``, or what kept it from starting.
     """
-    running = read_endpoint(folder)
-    if running is not None:
-        raise FlopsError(
-            ErrorCode.ALREADY_RUNNING,
-            f"The control plane runs already: process {running['pid']}, {running['manager_url']}.",
-            hint="`flops status` shows it, `flops down` stops it.",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STARTUP_ERROR_FILE).unlink(missing_ok=True)
+    folder = _prepare(settings)
     with (folder / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flops.wiring", "control-plane", *options],
+            _command(options),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=inherited_environment(),
             start_new_session=True,
         )
-    return _wait_until_ready(folder, process)
+    try:
+        return _wait_until_ready(settings, process)
+    except KeyboardInterrupt:
+        say("Interrupted: the control plane is ended again.")
+        _end(psutil.Process(process.pid))
+        raise
 
 
-def _wait_until_ready(folder: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    deadline = time.monotonic() + _READY_WITHIN_S
+def run_in_foreground(
+    settings: ControlSettings, options: Sequence[str], on_ready: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Run the control plane attached to this terminal until it ends; Ctrl+C and SIGTERM end it.
+
+    Args:
+        settings: as for `start_control_plane`.
+        options: likewise.
+        on_ready: is called with the endpoint.
+
+    Raises:
+        FlopsError: what kept it from starting; ``internal`` when it ends otherwise than told.
+    """
+    _prepare(settings)
+    process = subprocess.Popen(_command(options), stdin=subprocess.DEVNULL, env=inherited_environment())
+    signal.signal(signal.SIGTERM, lambda _number, _frame: process.terminate())
+    try:
+        on_ready(_wait_until_ready(settings, process))
+        exit_code = process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the child as well
+        exit_code = process.wait()
+    if exit_code != 0:
+        raise FlopsError(ErrorCode.INTERNAL, f"The control plane ended with exit code {exit_code}.")
+
+
+def stop_control_plane(folder: Path) -> Ended:
+    """End the control plane with its MLflow server, by force when it does not end by itself.
+
+    Raises:
+        FlopsError: ``not_running``; ``forbidden`` when it belongs to another user.
+    """
+    endpoint = read_endpoint(folder)
+    pid = int(endpoint["pid"]) if endpoint is not None else _pid_holding(folder / LOCK_FILE)
+    if pid is None:
+        raise FlopsError(
+            ErrorCode.NOT_RUNNING,
+            f"No control plane runs with its state in {folder}.",
+            hint="`flops up` starts one; another home is named by --home or FLOPS_HOME.",
+        )
+    try:
+        process = psutil.Process(pid)
+        ran_s = SystemClock().now_s() - process.create_time()
+        killed = _end(process)
+    except psutil.AccessDenied as exc:
+        raise FlopsError(
+            ErrorCode.FORBIDDEN,
+            f"The control plane, process {pid}, belongs to another user.",
+            hint="Stop it as the user who started it.",
+        ) from exc
+    except psutil.NoSuchProcess:
+        ran_s, killed = 0.0, ()
+    (folder / ENDPOINT_FILE).unlink(missing_ok=True)
+    return Ended(endpoint or {}, pid, ran_s, killed)
+
+
+def _command(options: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "flops.wiring", "control-plane", *options]
+
+
+def _prepare(settings: ControlSettings) -> Path:
+    folder = settings.control_dir
+    running = read_endpoint(folder)
+    if running is not None:
+        raise _already_running(f"process {running['pid']}, {running.get('manager_url', '')}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / STARTUP_ERROR_FILE).unlink(missing_ok=True)
+        (folder / LOG_FILE).touch(mode=0o600)
+    except OSError as exc:
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"State cannot be kept in {folder}: {exc.strerror}.",
+            hint="Name a folder that you may write to with --home or FLOPS_HOME.",
+        ) from exc
+    return folder
+
+
+def _already_running(where: str) -> FlopsError:
+    return FlopsError(
+        ErrorCode.ALREADY_RUNNING,
+        f"The control plane runs already: {where}.",
+        hint="`flops status` shows it, `flops down` stops it, --home starts another one elsewhere.",
+    )
+
+
+def _wait_until_ready(settings: ControlSettings, process: subprocess.Popen[bytes]) -> Mapping[str, Any]:
+    folder = settings.control_dir
+    deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
         exit_code = process.poll()
+        if exit_code is not None:
+            raise _startup_error(settings, exit_code)
         endpoint = read_endpoint(folder)
         if endpoint is not None and endpoint["pid"] == process.pid:
             return endpoint
-        if exit_code is not None:
-            raise _startup_error(folder, exit_code)
         time.sleep(_POLL_S)
-    process.kill()
+    _end(psutil.Process(process.pid))
     raise FlopsError(
-        ErrorCode.TIMEOUT, f"The control plane was not ready within {_READY_WITHIN_S:.0f} s; it was ended.",
+        ErrorCode.TIMEOUT,
+        f"The control plane was not ready within {READY_WITHIN_S:.0f} s; it was ended.",
         hint=f"Its log is {folder / LOG_FILE}.",
-    )  # fmt: skip
+    )
 
 
-def _startup_error(folder: Path, exit_code: int) -> FlopsError:
+def _startup_error(settings: ControlSettings, exit_code: int) -> FlopsError:
+    folder = settings.control_dir
+    if exit_code == CATALOGUE[ErrorCode.ALREADY_RUNNING].exit_code:
+        return _already_running(f"another one is starting or stopping with its state in {folder}")
     try:
-        return FlopsError.from_dict(json.loads((folder / STARTUP_ERROR_FILE).read_text()))
-    except (OSError, json.JSONDecodeError):
+        error = FlopsError.from_dict(json.loads((folder / STARTUP_ERROR_FILE).read_text()))
+    except (OSError, ValueError):
         return FlopsError(
             ErrorCode.INTERNAL,
             f"The control plane ended with exit code {exit_code} before it was ready.",
             hint=f"Its log is {folder / LOG_FILE}.",
+            details={"log": _end_of(folder / LOG_FILE)},
         )
+    if error.code is ErrorCode.PORT_OCCUPIED:
+        error.hint = _port_hint(settings, error.message)
+    return error
 
 
-def stop_control_plane(folder: Path) -> None:
-    """End the control plane, by force when it does not end by itself.
+def _port_hint(settings: ControlSettings, message: str) -> str:
+    """Which option of `flops up` moves the port that an error names."""
+    ports = {
+        "--manager-port": settings.manager_port,
+        "--cluster-port": settings.cluster_port,
+        "--tracking-port": settings.tracking_port,
+    }
+    numbers = {int(number) for number in re.findall(r"\d+", message)}
+    options = [option for option, port in ports.items() if port in numbers] or list(ports)
+    return f"Stop the program that holds the port, or choose another one with {' or '.join(options)}."
 
-    Raises:
-        FlopsError: ``not_running``.
-    """
-    endpoint = read_endpoint(folder)
-    if endpoint is None:
-        raise FlopsError(
-            ErrorCode.NOT_RUNNING,
-            f"No control plane runs with its state in {folder}.",
-            hint="`flops up` starts one; another home is named by FLOPS_HOME or --home.",
-        )
-    process = psutil.Process(int(endpoint["pid"]))
-    family = [process, *process.children(recursive=True)]
-    os.kill(process.pid, signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=_ENDED_WITHIN_S)
-    for survivor in alive:
-        say(f"Process {survivor.pid} does not end by itself and is killed.")
-        survivor.kill()
-    psutil.wait_procs(alive, timeout=5)
-    (folder / ENDPOINT_FILE).unlink(missing_ok=True)
+
+def _end_of(path: Path) -> str:
+    with suppress(OSError):
+        return "\n".join(path.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+    return ""
+
+
+def _end(process: psutil.Process) -> tuple[int, ...]:
+    """End a process with its children: politely, then for good; returns what had to be killed."""
+    with suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs([process], timeout=ENDED_WITHIN_S)
+        _, left = psutil.wait_procs(family, timeout=0 if alive else 3)
+        for survivor in left:
+            with suppress(psutil.NoSuchProcess):
+                survivor.kill()
+        psutil.wait_procs(left, timeout=5)
+        return tuple(survivor.pid for survivor in left)
+    return ()
 
 
 def _is_control_plane(pid: int) -> bool:
@@ -126,3 +248,14 @@ def _is_control_plane(pid: int) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and "control-plane" in process.cmdline()
     except psutil.Error:
         return False
+
+
+def _pid_holding(lock: Path) -> int | None:
+    """The control plane that holds a lock file, also before it has told where it listens; Linux knows."""
+    with suppress(OSError, ValueError):
+        inode = lock.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()  # 1: FLOCK ADVISORY WRITE <pid> <major:minor:inode> 0 EOF
+            if len(fields) > 5 and fields[5].endswith(f":{inode}") and _is_control_plane(int(fields[4])):
+                return int(fields[4])
+    return None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import flops
 from flops.cli.cluster_commands import mock_data, model, node, tracking
-from flops.cli.connection import connected
+from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_facts, print_line, run_app, say
 from flops.cli.project_commands import project
@@ -27,12 +27,16 @@ app = typer.Typer(
 app.add_typer(project, name="project")
 app.add_typer(project, name="p", hidden=True)
 app.add_typer(mock_data, name="mock-data")
+app.add_typer(mock_data, name="mock_data", hidden=True)
+app.add_typer(mock_data, name="m", hidden=True)
 app.add_typer(node, name="node")
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")
 app.command("tracking")(tracking)
+app.command("t", hidden=True)(tracking)
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of all state [FLOPS_HOME].")]
+_ADDRESSES = ("manager_url", "cluster_address", "tracking_url")
 Port = Annotated[int | None, typer.Option(min=0, max=65_535)]
 
 
@@ -44,9 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
+    home: Home = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Base URL of the manager, when it is elsewhere [FLOPS_URL].")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="File with its admin token [FLOPS_TOKEN_FILE].")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Federated learning operations: train on data that never leaves the machines that collected it."""
+    context.obj = GlobalOptions(home=home, url=url, token_file=token_file)
     if version:
         print_line(flops.__version__)
         raise typer.Exit
@@ -59,52 +72,74 @@ def up(
     cluster_port: Port = None,
     tracking_port: Port = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; Ctrl+C stops it.")] = False,
+    output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Start the control plane: manager, cluster orchestrator and MLflow server."""
-    from flops.cli.control import start_control_plane
+    from flops.cli.control import run_in_foreground, start_control_plane
     from flops.settings import ControlSettings
 
+    folder = home or global_options().home
     given = {
-        "home": home,
+        "home": None if folder is None else folder.absolute(),
         "manager_port": manager_port,
         "cluster_port": cluster_port,
         "tracking_port": tracking_port,
     }
     settings = ControlSettings.read(None, **given)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    if foreground:
-        from flops.wiring import main as run_process
+    token_file = settings.control_dir / "admin.token"
 
-        raise typer.Exit(run_process(["control-plane", *options]))
-    endpoint = start_control_plane(settings.control_dir, options)
-    say("The control plane is up.")
+    def tell(endpoint: Mapping[str, Any]) -> None:
+        say("The control plane is up.")
+        data = {**endpoint, "token_file": token_file}
+        print_data(data, output_format, lambda: _show_addresses(endpoint, token_file))
+
+    if foreground:
+        run_in_foreground(settings, options, tell)
+        say("The control plane has ended.")
+        return
+    tell(start_control_plane(settings, options))
+    say("Prepare nodes with NodeEngine, then submit a project: flops project create SLA --watch")
+
+
+def _show_addresses(endpoint: Mapping[str, Any], token_file: Path) -> None:
+    host, _, port = str(endpoint["cluster_address"]).rpartition(":")
     print_facts(
         [
             ("Manager", endpoint["manager_url"]),
             ("API docs", f"{endpoint['manager_url']}/docs"),
-            ("Cluster", f"{endpoint['cluster_address']}  (NodeEngine -a ADDRESS -p PORT -d)"),
-            ("MLflow", f"{endpoint['tracking_url']}  (ready in a few seconds)"),
-            ("Admin token", settings.control_dir / "admin.token"),
+            ("Cluster", f"{endpoint['cluster_address']}  (NodeEngine -a {host} -p {port} -d)"),
+            ("MLflow GUI", f"{endpoint['tracking_url']}  (ready in a few seconds)"),
+            ("Admin token", token_file),
         ]
     )
 
 
 @app.command()
-def down(home: Home = None) -> None:
+def down(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Stop the control plane. Nodes go on, and join again when it is back."""
     from flops.cli.control import stop_control_plane
-    from flops.settings import ClientSettings
 
-    stop_control_plane(ClientSettings.read(home=home).control_dir)
-    say("The control plane is down. Its state stays; `flops up` goes on from there.")
+    ended = stop_control_plane(client_settings(home).control_dir)
+    data = {"pid": ended.pid, "ran_s": round(ended.ran_s, 1), "killed": ended.killed, **ended.endpoint}
+
+    def tell() -> None:
+        addresses = [str(ended.endpoint[key]) for key in _ADDRESSES if key in ended.endpoint]
+        say(f"Ended process {ended.pid} after {_duration(ended.ran_s)}: {', '.join(addresses)}.")
+        if ended.killed:
+            say(f"These processes did not end by themselves and were killed: {_numbers(ended.killed)}.")
+        say("The control plane is down. Its state stays; `flops up` goes on from there.")
+        say("Nodes and their services go on, and join again then.")
+
+    print_data(data, output_format, tell)
 
 
 @app.command()
-def status(output_format: FormatOption = OutputFormat.TABLE) -> None:
+def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Show the state of the control plane."""
     from flops.wire.rest import ControlStatus
 
-    with connected() as api:
+    with connected(home) as api:
         answer = api.get("/status", ControlStatus)
 
     def show() -> None:
@@ -115,10 +150,11 @@ def status(output_format: FormatOption = OutputFormat.TABLE) -> None:
                 ("Manager", f"{answer.manager_url}, running since {since:%Y-%m-%d %H:%M:%S}"),
                 ("API docs", f"{answer.manager_url}/docs"),
                 ("Cluster", answer.cluster_address),
-                ("MLflow", f"{answer.tracking_url}, {tracking_state}"),
+                ("MLflow GUI", f"{answer.tracking_url}, {tracking_state}"),
                 ("Nodes", f"{answer.nodes_connected} of {answer.nodes_total} connected"),
                 ("Projects", f"{answer.projects_active} of {answer.projects_total} active"),
                 ("State", answer.home),
+                ("Admin token", Path(answer.home) / "control" / "admin.token"),
                 ("Version", answer.version),
             ]
         )
@@ -129,25 +165,37 @@ def status(output_format: FormatOption = OutputFormat.TABLE) -> None:
 @app.command("reset-database")
 def reset_database(
     force: Annotated[bool, typer.Option("--force", help="Stop projects that still run.")] = False,
+    output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Forget all projects, their history and known environments."""
     from flops.wire.rest import Message
 
     with connected() as api:
-        query = {"force": "true"} if force else {}
-        say(api.delete("/database", Message, params=query).message)
+        answer = api.delete("/database", Message, force="true" if force else None)
+    print_data(answer, output_format, lambda: say(answer.message))
 
 
 @app.command("clear-registry")
-def clear_registry() -> None:
+def clear_registry(output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Forget the environments that are known, so that the next project builds anew."""
     from flops.wire.rest import Message
 
     with connected() as api:
-        say(api.delete("/registry", Message).message)
+        answer = api.delete("/registry", Message)
+    print_data(answer, output_format, lambda: say(answer.message))
 
 
 @app.command("version")
-def version_command() -> None:
+def version_command(output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Print the version."""
-    print_line(flops.__version__)
+    print_data({"version": flops.__version__}, output_format, lambda: print_line(flops.__version__))
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3_600:.1f} h"

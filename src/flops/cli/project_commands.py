@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flops.cli.connection import connected, read_sla
-from flops.cli.output import FormatOption, OutputFormat, print_data, print_facts, print_line, print_table, say
-from flops.errors import FlopsError
+from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, print_table, say
+from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:
     from flops.cli.api_client import ApiClient
-    from flops.core.project import Project
+    from flops.wire.rest import ServiceLog
 
 project = typer.Typer(help="Submit, watch and control projects.", no_args_is_help=True)
 
 ProjectIdArgument = Annotated[str, typer.Argument(help="Id of the project.")]
+
+_FOLLOW_EVERY_S = 1.0
+_FOLLOW_TAIL_BYTES = 1_048_576
 
 
 @project.command()
 def create(
     sla: Annotated[Path, typer.Argument(help="JSON file with the project's SLA.")],
     watch_it: Annotated[bool, typer.Option("--watch", help="Follow it until it has ended.")] = False,
+    output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Submit a project; prints its id."""
+    from flops.cli.project_view import tell_result
+    from flops.cli.project_watch import watch_project
     from flops.core.sla import parse_project_sla
     from flops.wire.rest import ProjectCreated
 
     content = read_sla(sla)
     parse_project_sla(content)
-    repository = sla.parent / str(content["ml_repo_url"])
-    if repository.is_dir():
-        content["ml_repo_url"] = repository.resolve().as_uri()
+    content["ml_repo_url"] = resolve_repository(content["ml_repo_url"], sla.parent)
     with connected() as api:
         created = api.post("/projects", ProjectCreated, content)
-        print_line(created.project_id)
-        if watch_it:
-            follow(api, created.project_id)
+        project_id = created.project_id
+        if output_format is OutputFormat.TABLE:
+            print_line(project_id)
+        if not watch_it:
+            if output_format is OutputFormat.JSON:
+                print_data({"project_id": project_id}, output_format, print_line)
+            say(f"{created.message}.")
+            say(f"Watch it: flops project watch {project_id}")
+            say(f"State:    flops project show {project_id}")
             return
-    say(created.message)
-    say(f"Watch it with `flops project watch {created.project_id}`.")
+        ended = watch_project(api, project_id)
+    tell_result(ended)
+    print_data({"project_id": project_id, "project": ended}, output_format, lambda: None)
 
 
 @project.command("list")
 def list_projects(output_format: FormatOption = OutputFormat.TABLE) -> None:
     """List all projects, newest first."""
+    from flops.cli.project_view import best_accuracy, metric, progress, timestamp
     from flops.wire.rest import ProjectList
 
     with connected() as api:
@@ -55,159 +67,161 @@ def list_projects(output_format: FormatOption = OutputFormat.TABLE) -> None:
 
     def show() -> None:
         rows = [
-            (p.id, p.stage, _rounds(p), _metric(_best(p, "accuracy")), _time(p.created_at_s), p.doing)
+            (p.id, p.stage, progress(p), metric(best_accuracy(p)), timestamp(p.created_at_s), p.doing)
             for p in projects
         ]
-        print_table(
-            ["project", "stage", "round", "accuracy", "created", "doing"],
-            rows,
-            empty="There are no projects yet.",
-        )
+        columns = ["project", "stage", "round", "accuracy", "created", "doing"]
+        print_table(columns, rows, empty="There are no projects yet. Submit one: flops project create SLA")
 
     print_data(projects, output_format, show)
 
 
 @project.command("show")
-def show_project(project_id: ProjectIdArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
+def show(project_id: ProjectIdArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Show what a project is doing, its rounds, services, history and failure."""
-    from flops.wire.rest import ServiceList
+    from flops.cli.project_view import show_project
+    from flops.wire.rest import NodeList, ServiceList
 
     with connected() as api:
         found = api.project(project_id)
         history = api.history(project_id)
         services = [s for s in api.get("/services", ServiceList).services if s.spec.project_id == project_id]
-
-    def show() -> None:
-        _show_facts(found)
-        if found.training is not None and found.training.history:
-            print_line("\nRounds")
-            rows = [
-                (r.number, _metric(r.accuracy), _metric(r.loss), len(r.participants), f"{r.duration_s:.2f} s")
-                for r in found.training.history
-            ]
-            print_table(["round", "accuracy", "loss", "learners", "duration"], rows)
-        if services:
-            print_line("\nServices")
-            print_table(
-                ["service", "node", "state", "detail"],
-                [(s.spec.id, s.spec.node_id, s.status.state, s.status.detail) for s in services],
-            )
-        print_line("\nHistory")
-        print_table(["time", "event"], [(_time(e.time_s), e.message) for e in history])
-
-    print_data({"project": found, "services": services, "history": history}, output_format, show)
+        nodes = {node.id: node.name for node in api.get("/nodes", NodeList).nodes}
+    print_data(
+        {"project": found, "services": services, "history": history},
+        output_format,
+        lambda: show_project(found, services, history, {str(key): name for key, name in nodes.items()}),
+    )
 
 
 @project.command()
-def watch(project_id: ProjectIdArgument) -> None:
-    """Follow a project until it has ended; the exit code is that of its failure."""
+def watch(project_id: ProjectIdArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
+    """Follow a project until it has ended; the exit code is 0, or that of its failure."""
+    from flops.cli.project_view import tell_result
+    from flops.cli.project_watch import watch_project
+
     with connected() as api:
-        api.project(project_id)
-        follow(api, project_id)
+        ended = watch_project(api, project_id)
+    tell_result(ended)
+    print_data({"project_id": project_id, "project": ended}, output_format, lambda: None)
 
 
 @project.command()
 def logs(
     project_id: ProjectIdArgument,
-    service: Annotated[str | None, typer.Option("--service", help="Only this service.")] = None,
+    service: Annotated[
+        str | None,
+        typer.Option("--service", help="Only this service, or only services of this kind (learner, …)."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new output until the project has ended.")
+    ] = False,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
-    """Print the end of each service's output."""
-    from flops.wire.rest import ProjectLogs
-
+    """Print the end of the output of a project's services."""
+    if follow and output_format is OutputFormat.JSON:
+        raise FlopsError(ErrorCode.USAGE, "--follow prints lines as they come; it has no JSON format.")
     with connected() as api:
-        answer = api.get(f"/projects/{project_id}/logs", ProjectLogs, service=service)
+        if follow:
+            _follow_logs(api, project_id, service)
+            return
+        found = _fetch_logs(api, project_id, service)
 
-    def show() -> None:
-        for log in answer.services:
+    def show_logs() -> None:
+        for log in found:
             print_line(f"── {log.service_id} on {log.node}: {log.state}")
             print_line(log.text.rstrip())
 
-    print_data(answer.services, output_format, show)
+    print_data(found, output_format, show_logs)
 
 
 @project.command()
-def stop(project_id: ProjectIdArgument) -> None:
-    """Stop a project at any stage; its record and its model stay."""
+def stop(project_id: ProjectIdArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
+    """Stop a project at any stage; its record and its tracked rounds stay."""
+    from flops.cli.api_client import project_path
     from flops.wire.rest import Message
 
     with connected() as api:
-        say(api.post(f"/projects/{project_id}/stop", Message).message)
+        answer = api.post(f"{project_path(project_id)}/stop", Message)
+    print_data(answer, output_format, lambda: say(answer.message))
 
 
 @project.command()
-def delete(project_id: ProjectIdArgument) -> None:
-    """Stop a project and remove everything it left."""
+def delete(project_id: ProjectIdArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
+    """Stop a project at any stage and remove everything it left."""
+    from flops.cli.api_client import project_path
     from flops.wire.rest import Message
 
     with connected() as api:
-        say(api.delete(f"/projects/{project_id}", Message).message)
+        answer = api.delete(project_path(project_id), Message)
+    print_data(answer, output_format, lambda: say(answer.message))
 
 
-def follow(api: ApiClient, project_id: str) -> None:
-    """Tell a project's events as they happen.
+def resolve_repository(url: Any, folder: Path) -> str:
+    """Turn a path into an absolute file URL; what is no path is returned as it is.
+
+    Args:
+        url: ``ml_repo_url`` of an SLA.
+        folder: where the SLA's file is; relative paths start there.
 
     Raises:
-        FlopsError: the project's failure.
+        FlopsError: ``repo_unreachable`` when it looks like a path and no such folder exists.
     """
-    for event in api.follow(project_id):
-        say(f"{_time(event.time_s)}  {event.message}")
-    found = api.project(project_id)
-    if found.failure is not None:
-        raise FlopsError.from_dict(found.failure.model_dump())
-    _tell_result(found)
+    text = str(url)
+    is_address = "://" in text or ":" in text.split("/", 1)[0]  # https://host/x, git@host:x
+    if is_address:
+        return text
+    repository = (folder / Path(text).expanduser()).resolve()
+    if not repository.is_dir():
+        raise FlopsError(
+            ErrorCode.REPO_UNREACHABLE,
+            f"ml_repo_url is {text!r}, and there is no folder {repository}.",
+            hint="Give a Git URL (https, ssh, file), or the path of a repository, from the SLA's folder on.",
+        )
+    return repository.as_uri()
 
 
-def _tell_result(found: Project) -> None:
-    say(f"Project {found.id} is {found.stage}.")
-    if found.model is not None:
-        model = found.model
-        numbers = f"accuracy {_metric(model.accuracy)}, loss {_metric(model.loss)}"
-        say(f"Best model: round {model.round}, {numbers}: {model.name} {model.version}")
-    if found.tracking_url:
-        say(f"Tracking:  {found.tracking_url}")
-    if found.inference_url:
-        say(f"Inference: {found.inference_url}/invocations")
+def _fetch_logs(
+    api: ApiClient, project_id: str, service: str | None, tail_bytes: int | None = None
+) -> tuple[ServiceLog, ...]:
+    from flops.cli.api_client import project_path
+    from flops.core.cluster import ServiceKind
+    from flops.wire.rest import ProjectLogs
+
+    path = f"{project_path(project_id)}/logs"
+    if service not in set(ServiceKind):
+        return api.get(path, ProjectLogs, service=service, tail_bytes=tail_bytes).services
+    found = api.get(path, ProjectLogs, tail_bytes=tail_bytes).services
+    return tuple(log for log in found if log.kind == service)
 
 
-def _show_facts(found: Project) -> None:
-    facts: list[tuple[str, Any]] = [
-        ("Project", found.id),
-        (
-            "Stage",
-            f"{found.stage} since {_time(found.spans[-1].entered_at_s)}" if found.spans else found.stage,
-        ),
-        ("Doing", found.doing),
-        ("Repository", f"{found.sla.ml_repo_url} {found.repository.commit[:12] if found.repository else ''}"),
-        ("Round", _rounds(found)),
-        ("Best accuracy", _metric(_best(found, "accuracy"))),
-        ("Tracking", found.tracking_url),
-        ("Inference", found.inference_url),
-    ]
-    if found.failure is not None:
-        facts += [
-            ("Failure", f"{found.failure.message} [{found.failure.code}]"),
-            ("Hint", found.failure.hint),
-        ]
-    print_facts(facts)
-    if found.failure is not None and found.failure.details.get("traceback"):
-        print_line(f"\n{found.failure.details['traceback']}")
+def _follow_logs(api: ApiClient, project_id: str, service: str | None) -> None:
+    printed: dict[str, str] = {}
+    last = ""
+    while True:
+        is_over = api.project(project_id).stage.is_final
+        for log in _fetch_logs(api, project_id, service, _FOLLOW_TAIL_BYTES):
+            news = new_output(printed.get(log.service_id, ""), log.text)
+            printed[log.service_id] = log.text
+            if news and log.service_id != last:
+                print_line(f"── {log.service_id} on {log.node}")
+                last = log.service_id
+            if news:
+                print_line(news.rstrip("\n"))
+        if is_over:
+            return
+        time.sleep(_FOLLOW_EVERY_S)
 
 
-def _rounds(found: Project) -> str:
-    return f"{found.training.round_now} of {found.training.rounds_total}" if found.training else ""
-
-
-def _best(found: Project, name: str) -> float | None:
-    if found.training is None:
-        return None
-    values = [getattr(r, name) for r in found.training.history if r.number == found.training.best_round]
-    return values[0] if values else None
-
-
-def _metric(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _time(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+def new_output(before: str, now: str) -> str:
+    """What `now` has beyond `before`, when both are the end of one growing text."""
+    if now.startswith(before):
+        return now[len(before) :]
+    head = now[:200]
+    start = before.find(head)
+    while start >= 0:
+        overlap = before[start:]
+        if now.startswith(overlap):
+            return now[len(overlap) :]
+        start = before.find(head, start + 1)
+    return now

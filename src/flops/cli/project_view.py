@@ -1,0 +1,149 @@
+"""How a project is written for people: its facts, rounds, services, history, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+
+from flops.cli.output import print_facts, print_line, print_table, say
+from flops.core.cluster import Service
+from flops.core.project import Project, ProjectEvent, Round
+
+
+def show_project(
+    project: Project, services: Sequence[Service], history: Sequence[ProjectEvent], nodes: dict[str, str]
+) -> None:
+    """Print everything there is to know about a project.
+
+    Args:
+        project: the project.
+        services: its services.
+        history: its events so far.
+        nodes: node names by node id.
+    """
+    _show_facts(project)
+    if project.training is not None and project.training.history:
+        print_line("\nRounds")
+        show_rounds(project.training.history, project.training.best_round)
+    if services:
+        print_line("\nServices")
+        print_table(
+            ["service", "node", "state", "memory MB", "CPU %", "detail"],
+            [_service_row(service, nodes) for service in services],
+        )
+    print_line("\nHistory")
+    print_table(["time", "event"], [(timestamp(e.time_s), e.message) for e in history])
+    if project.failure is not None and project.failure.details.get("traceback"):
+        print_line("\nTraceback")
+        print_line(str(project.failure.details["traceback"]).rstrip())
+
+
+def show_rounds(rounds: Sequence[Round], best: int | None) -> None:
+    """Print a table of rounds; the best one is marked."""
+    print_table(
+        ["round", "accuracy", "loss", "duration", "learners"],
+        [
+            (
+                f"{r.number}{' *' if r.number == best else ''}",
+                metric(r.accuracy),
+                metric(r.loss),
+                f"{r.duration_s:.2f} s",
+                ", ".join(f"{p.node} ({p.rows:,} rows)" for p in r.participants),
+            )
+            for r in rounds
+        ],
+    )
+
+
+def tell_result(project: Project) -> None:
+    """Tell what a completed project has brought."""
+    say(f"Project {project.id} is {project.stage}.")
+    model = project.model
+    if model is not None:
+        numbers = f"accuracy {metric(model.accuracy) or '-'}, loss {metric(model.loss) or '-'}"
+        say(f"Best model:  round {model.round}, {numbers}")
+        say(f"Registered:  {model.name}, version {model.version}")
+    if project.tracking_url:
+        say(f"Tracking:    {project.tracking_url}")
+    if project.inference_url:
+        say(f"Inference:   {project.inference_url}/invocations")
+    say(f"Durations:   {durations(project)}")
+    if project.inference_url:
+        say(f"Next: flops model predict {project.id} FILE")
+
+
+def durations(project: Project) -> str:
+    """How long each stage took."""
+    spent = [
+        f"{span.stage} {following.entered_at_s - span.entered_at_s:.1f} s"
+        for span, following in pairwise(project.spans)
+        if following.entered_at_s - span.entered_at_s >= 0.05
+    ]
+    return ", ".join(spent)
+
+
+def progress(project: Project) -> str:
+    """``round/rounds``, empty before the training."""
+    training = project.training
+    return f"{training.round_now}/{training.rounds_total}" if training is not None else ""
+
+
+def best_accuracy(project: Project) -> float | None:
+    """Accuracy of the best round so far."""
+    if project.training is None:
+        return None
+    best = project.training.best_round
+    return next((r.accuracy for r in project.training.history if r.number == best), None)
+
+
+def metric(value: float | None) -> str:
+    """A metric with four digits; empty when there is none."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def timestamp(seconds: float) -> str:
+    """A time in the time zone of this machine."""
+    return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def _service_row(service: Service, nodes: dict[str, str]) -> tuple[object, ...]:
+    status = service.status
+    usage = status.usage
+    return (
+        service.spec.id,
+        nodes.get(service.spec.node_id, service.spec.node_id),
+        status.state,
+        f"{usage.memory_mb:.0f}" if usage.processes else "",
+        f"{usage.cpu_percent:.0f}" if usage.processes else "",
+        status.detail,
+    )
+
+
+def _show_facts(project: Project) -> None:
+    sla, failure = project.sla, project.failure
+    since = f" since {timestamp(project.spans[-1].entered_at_s)}" if project.spans else ""
+    commit = f" at {project.repository.commit[:12]}" if project.repository is not None else ""
+    facts: list[tuple[str, object]] = [
+        ("Project", project.id),
+        ("Stage", f"{project.stage}{since}"),
+        ("Doing", project.doing),
+        ("Created", timestamp(project.created_at_s)),
+        ("Repository", f"{sla.ml_repo_url}{commit}"),
+        ("Data tags", ", ".join(sla.training_configuration.data_tags)),
+        ("Round", progress(project)),
+        ("Best accuracy", metric(best_accuracy(project))),
+        ("Tracking", project.tracking_url),
+        ("Inference", project.inference_url and f"{project.inference_url}/invocations"),
+        ("Durations", durations(project)),
+    ]
+    if project.environment is not None:
+        facts += [("Environment", note) for note in project.environment.notes]
+    if failure is not None:
+        where = [f"{name} {failure.details[name]}" for name in ("node", "round") if name in failure.details]
+        facts += [
+            ("Failure", f"{failure.message} [{failure.code}]"),
+            ("Where", ", ".join(where)),
+            ("Hint", failure.hint),
+        ]
+    print_facts(facts)
