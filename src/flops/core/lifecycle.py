@@ -200,8 +200,9 @@ def _step_failed(change: Change, event: StepFailed) -> None:
 
 
 def _services_ended(change: Change, event: ServicesEnded) -> None:
-    service_moves.forget(change, event.services)
-    end_if_nothing_runs(change)
+    if set(event.services) & set(change.project.services):
+        service_moves.forget(change, event.services)
+        end_if_nothing_runs(change)
 
 
 def _request_stop(change: Change, _event: StopRequested) -> None:
