@@ -1,0 +1,228 @@
+"""Every tracker keeps its contract; and what is MLflow's alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flops.adapters.memory_tracker import MemoryTracker
+from flops.adapters.mlflow_server import MlflowServer
+from flops.adapters.mlflow_tracker import ATTEMPT_TAG, LEARNER_RUNS_MOST, MlflowTracker
+from flops.core.ids import ProjectId
+from flops.errors import ErrorCode, FlopsError
+from flops.testing.contracts.tracker import (
+    PARAMS,
+    TAGS,
+    RecordedRun,
+    TrackerContract,
+    accuracies,
+    round_of,
+)
+from flops.testing.tracking import read_run
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0, dict(os.environ))
+    server.start()
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def project_id() -> ProjectId:
+    return ProjectId(f"{next(_numbers):012x}")
+
+
+class TestMemoryTracker(TrackerContract):
+    @pytest.fixture
+    def tracker(self) -> MemoryTracker:
+        return MemoryTracker()
+
+    @pytest.fixture
+    def project_id(self) -> ProjectId:
+        return ProjectId("0123456789ab")
+
+    @pytest.fixture
+    def read(self, tracker: MemoryTracker) -> Callable[[str], RecordedRun]:
+        def read(run_id: str) -> RecordedRun:
+            run = next(run for run in tracker.runs.values() if run.run_id == run_id)
+            rounds = sorted(run.rounds.values(), key=lambda record: record.number)
+            recorded = RecordedRun(run.params, run.tags, run.status)
+            for record in rounds:
+                if record.accuracy is not None:
+                    recorded.accuracy.append((record.number, record.accuracy))
+                if record.loss is not None:
+                    recorded.loss.append((record.number, record.loss))
+                for part in record.participants:
+                    if part.accuracy is not None:
+                        points = recorded.learner_accuracy.setdefault(part.learner, [])
+                        points.append((record.number, part.accuracy))
+            recorded.models = [(m.round, m.accuracy, m.loss) for m in run.models.values()]
+            return recorded
+
+        return read
+
+
+class TestMlflowTracker(TrackerContract):
+    @pytest.fixture
+    def tracker(self, server: MlflowServer) -> Iterator[MlflowTracker]:
+        tracker = MlflowTracker(server.url)
+        yield tracker
+        tracker.close()
+
+    @pytest.fixture
+    def project_id(self) -> ProjectId:
+        return ProjectId(f"{next(_numbers):012x}")
+
+    @pytest.fixture
+    def read(self, server: MlflowServer) -> Callable[[str], RecordedRun]:
+        return lambda run_id: read_run(server.url, run_id)
+
+
+@pytest.fixture
+def make_tracker(server: MlflowServer) -> Iterator[Callable[[], MlflowTracker]]:
+    trackers: list[MlflowTracker] = []
+
+    def make() -> MlflowTracker:
+        trackers.append(MlflowTracker(server.url))
+        return trackers[-1]
+
+    yield make
+    for tracker in trackers:
+        tracker.close()
+
+
+MakeTracker = Callable[[], MlflowTracker]
+
+
+def test_after_a_restart_what_was_sent_is_not_sent_again(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    first = make_tracker()
+    _, run_id = first.open_run(project_id, PARAMS, TAGS)
+    for number in (1, 2, 3):
+        first.log_round(run_id, round_of(number))  # the learners' rounds 2 and 3 may not be sent yet
+    second = make_tracker()
+    assert second.open_run(project_id, PARAMS, TAGS)[1] == run_id
+    for number in (1, 2, 3, 4):
+        second.log_round(run_id, round_of(number))
+    second.close_run(run_id, is_success=True)
+    run = read_run(server.url, run_id)
+    assert run.accuracy == accuracies(1, 2, 3, 4)
+    assert run.learner_accuracy["learner-p-0"] == accuracies(1, 2, 3, 4)
+    assert run.learner_accuracy["learner-p-1"] == accuracies(1, 2, 3, 4, index=1)
+
+
+def test_a_model_is_registered_once_by_many(
+    make_tracker: MakeTracker, project_id: ProjectId, tmp_path: Path
+) -> None:
+    (tmp_path / "MLmodel").write_text("flavors: {}\n")
+    tracker = make_tracker()
+    _, run_id = tracker.open_run(project_id, PARAMS, TAGS)
+    tracker.log_round(run_id, round_of(1))
+    models = [make_tracker().log_model(run_id, tmp_path, round_of(1), "a/b: c") for _ in range(3)]
+    assert models[1:] == models[:-1]
+    assert (models[0].name, models[0].version) == ("a_b_ c", "1")
+
+
+def test_an_attempt_from_the_beginning_is_a_run_of_its_own(
+    make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    tracker = make_tracker()
+    experiment, first = tracker.open_run(project_id, PARAMS, TAGS)
+    assert tracker.open_run(project_id, PARAMS, TAGS | {ATTEMPT_TAG: "2"}) != (experiment, first)
+    assert tracker.open_run(project_id, PARAMS, TAGS) == (experiment, first)
+
+
+def test_many_learners_get_a_table(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    tracker = make_tracker()
+    experiment_id, run_id = tracker.open_run(project_id, {}, {})
+    tracker.log_round(run_id, round_of(1, learners=LEARNER_RUNS_MOST + 1))
+    tracker.close_run(run_id, is_success=True)
+    path = f"{experiment_id}/{run_id}/artifacts/learners/round-00001.csv"
+    table = httpx.get(f"{server.url}/api/2.0/mlflow-artifacts/artifacts/{path}").text.splitlines()
+    assert table[0] == "node,learner,accuracy,loss,rows,fit_s,evaluate_s"
+    assert table[1] == "edge-0,learner-p-0,0.51,1.0,10,0.5,0.25"
+    assert len(table) == LEARNER_RUNS_MOST + 2
+    assert read_run(server.url, run_id).learner_accuracy == {}
+
+
+def test_numbers_and_names_that_json_or_mlflow_do_not_take(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    tracker = make_tracker()
+    _, run_id = tracker.open_run(project_id, {"a b!": "x" * 10_000}, {"note*": "y" * 10_000})
+    odd = {"f1 (macro)": float("nan"), "up": float("inf"), "down": float("-inf"), "größe": 1.0}
+    tracker.log_round(run_id, round_of(1).model_copy(update={"metrics": odd}))
+    run = read_run(server.url, run_id)
+    assert run.params["a b_"] == "x" * 6000
+    assert run.tags["note_"] == "y" * 5000
+    assert run.accuracy == accuracies(1)
+
+
+def test_a_run_with_more_parameters_than_one_call_takes(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    params = {f"p{number}": str(number) for number in range(250)}
+    _, run_id = make_tracker().open_run(project_id, params, {})
+    assert read_run(server.url, run_id).params == params
+
+
+def test_people_find_the_run(server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId) -> None:
+    tracker = MlflowTracker(server.url, public_uri="http://gateway:1234/")
+    ids = tracker.open_run(project_id, {}, {})
+    tracker.close()
+    experiment_id, run_id = ids
+    assert tracker.url_of(*ids) == (
+        f"http://gateway:1234/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    )
+    page = httpx.get(make_tracker().url_of(*ids))
+    assert page.status_code == 200
+    assert "<title>MLflow</title>" in page.text
+
+
+def test_a_deleted_experiment_in_the_gui_comes_back(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    tracker = make_tracker()
+    experiment_id, run_id = tracker.open_run(project_id, {}, {})
+    url = f"{server.url}/api/2.0/mlflow/experiments/delete"
+    assert httpx.post(url, json={"experiment_id": experiment_id}).status_code == 200
+    assert tracker.open_run(project_id, {}, {}) == (experiment_id, run_id)
+
+
+def test_two_trackers_at_once_make_one_experiment(make_tracker: MakeTracker, project_id: ProjectId) -> None:
+    found: list[tuple[str, str]] = []
+    trackers = [make_tracker() for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda t=tracker: found.append(t.open_run(project_id, {}, {})))
+        for tracker in trackers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({experiment_id for experiment_id, _ in found}) == 1
+
+
+def test_a_server_that_is_away_is_unreachable() -> None:
+    tracker = MlflowTracker("http://127.0.0.1:1", timeout_s=1.0)
+    with pytest.raises(FlopsError) as caught:
+        tracker.open_run(ProjectId("p"), {}, {})
+    assert caught.value.code is ErrorCode.UNREACHABLE
+    assert "http://127.0.0.1:1" in caught.value.message
+    tracker.close()
