@@ -97,3 +97,14 @@ class NodeSettings(Settings):
 def inherited_environment() -> dict[str, str]:
     """The environment child processes start from: this process's own."""
     return dict(os.environ)
+
+
+def quiet_libraries() -> None:
+    """Have libraries of this process and its children call nobody: no telemetry, no look for updates."""
+    for name, value in (
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ):
+        os.environ[name] = value

@@ -106,6 +106,24 @@ def open_environments(root: Path) -> Environments:
     )
 
 
+def run_aggregator(arguments: list[str]) -> int:
+    """Run an aggregator: a service, given its context file."""
+    from flops.settings import inherited_environment, quiet_libraries
+
+    quiet_libraries()  # before Flower is imported
+
+    from flops.actor import run_actor
+    from flops.adapters.mlflow_tracker import MlflowTracker
+    from flops.log import configure_logging
+    from flops.trainer.aggregator import main as aggregate
+
+    configure_logging("INFO")
+    environ = inherited_environment()
+    return run_actor(
+        lambda context, events: aggregate(context, events, MlflowTracker, environ), ["", *arguments]
+    )
+
+
 def run_builder(arguments: list[str]) -> int:
     """Run a builder: a service, given its context file."""
     from flops.actor import run_actor
@@ -167,6 +185,7 @@ def run_mock_data_provider(arguments: list[str]) -> int:
 
 
 PROCESSES: Mapping[str, Callable[[list[str]], int]] = {
+    "aggregator": run_aggregator,
     "builder": run_builder,
     "control-plane": run_control_plane,
     "data-server": run_data_server,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from flops.core.model import StrictValue
+from flops.core.strategies import strategy_problem
 from flops.errors import ErrorCode, FlopsError
 
 TAG_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -66,6 +67,13 @@ class Strategy(StrictValue):
 
     name: StrategyName = StrategyName.FED_AVG
     parameters: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> Strategy:
+        problem = strategy_problem(self.name, self.parameters)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class EarlyStopping(StrictValue):

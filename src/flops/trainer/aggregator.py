@@ -1,0 +1,333 @@
+"""The aggregator: waits for learners, runs the rounds, and hands over the best model.
+
+Runs in FLOps' own environment: ``python -m flops.wiring aggregator CONTEXT.json``. Started again in the same
+work folder, it goes on after the last finished round, on the same port if it is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from flops.actor import CONTEXT_FILE, ActorContext, EventLog
+from flops.core.ids import ProjectId
+from flops.core.project import Round
+from flops.core.rounds import best_round, reason_to_end
+from flops.durable_file import write_durably
+from flops.errors import ErrorCode, FlopsError
+from flops.ports import Tracker
+from flops.trainer.checkpoint import CheckpointStore
+from flops.trainer.delivery import keep_best, pack, patiently, store_bundle
+from flops.trainer.links import LearnerServer, Link
+from flops.trainer.model_process import ModelProcess
+from flops.trainer.round_runner import RoundRunner
+from flops.trainer.strategy import RoundStrategy
+from flops.trainer.tracking_feed import TrackedRun, TrackingFeed
+from flops.wire.services import AggregatorConfig
+from flops.wire.training import Array
+
+_log = logging.getLogger(__name__)
+_JOIN_PATIENCE_S = 1_800.0  # environments of learners are built meanwhile
+_REJOIN_PATIENCE_S = 10.0  # of a restarted aggregator, for learners beyond the needed ones
+_TRACKING_PATIENCE_S = 300.0
+_STORE_PATIENCE_S = 300.0
+_CLOSE_PATIENCE_S = 3.0
+_MAY_PASS = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT})  # a learner is started anew after these
+_PORT_FILE = "port"
+
+
+def main(
+    context: ActorContext,
+    events: EventLog,
+    tracker_factory: Callable[[str], Tracker],
+    environ: Mapping[str, str],
+) -> None:
+    """Train a project.
+
+    Args:
+        context: of the service; its config is an `AggregatorConfig`.
+        events: where progress is told.
+        tracker_factory: makes the tracker for a tracking URI.
+        environ: environment that children start from.
+
+    Raises:
+        FlopsError: why there is no model.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped project's run is closed, too
+    config = _parse(context)
+    training = Training(context, config, events, tracker_factory, environ)
+    try:
+        training.run()
+    finally:
+        training.close()
+
+
+class Training:
+    """One project's training, from waiting for learners to the stored model.
+
+    Args:
+        context: of the service.
+        config: what to train.
+        events: where progress is told.
+        tracker_factory: makes the tracker for a tracking URI.
+        environ: environment that children start from.
+        join_patience_s: longest wait for the first ``min_available_clients`` learners.
+    """
+
+    def __init__(
+        self,
+        context: ActorContext,
+        config: AggregatorConfig,
+        events: EventLog,
+        tracker_factory: Callable[[str], Tracker],
+        environ: Mapping[str, str],
+        *,
+        join_patience_s: float = _JOIN_PATIENCE_S,
+    ) -> None:
+        self._context = context
+        self._config = config
+        self._events = events
+        self._join_patience_s = max(join_patience_s, config.round_timeout_s)
+        self._work_dir = Path(context.work_dir)
+        self._environ = {**environ, "PYTHONPATH": context.kit_dir}
+        self._strategy = RoundStrategy(config.strategy)
+        self._store = CheckpointStore(self._work_dir / "checkpoint")
+        self._history: list[Round] = []
+        self._children: list[ModelProcess] = []
+        self._is_successful = False
+        self._server = self._listen()
+        self._feed = TrackingFeed(
+            lambda: tracker_factory(config.tracking_uri),
+            ProjectId(config.project_id),
+            _params_of(config),
+            # The same work folder is the same training; another one begins anew.
+            {**config.tags, "flops.attempt": context.service_id},
+            self._tell_run,
+        )
+
+    def run(self) -> None:
+        """Train, and hand over the best model.
+
+        Raises:
+            FlopsError: why there is no model.
+        """
+        parameters = self._begin()
+        runner = RoundRunner(
+            self._server,
+            self._strategy,
+            self._config,
+            tell=self._tell,
+            on_start=self._tell_round,
+        )
+        while not self._is_over():
+            finished = runner.run(len(self._history) + 1, parameters)
+            parameters = finished.parameters
+            self._history.append(finished.record)
+            self._store.save(parameters, self._strategy.state(), self._history)
+            self._events.tell(
+                "round_completed",
+                rounds=self._config.rounds,
+                record=finished.record.model_dump(mode="json"),
+            )
+            self._feed.add([finished.record])
+        self._deliver()
+        self._is_successful = True
+
+    def close(self) -> None:
+        """End what was started: children, the run, the learners' connections."""
+        for child in self._children:
+            child.kill()
+        self._feed.close(is_success=self._is_successful, patience_s=_CLOSE_PATIENCE_S)
+        self._server.stop()
+
+    # --- beginning ---
+
+    def _listen(self) -> LearnerServer:
+        """Listen on the port of an earlier start if it is free: the learners dial it."""
+        earlier = 0
+        with contextlib.suppress(OSError, ValueError):
+            earlier = int((self._work_dir / _PORT_FILE).read_text())
+        server = self._server_on(earlier) if earlier else None
+        server = server or self._server_on(0)
+        if server is None:
+            raise FlopsError(ErrorCode.PORT_OCCUPIED, f"No port is free on {self._context.host}.")
+        write_durably(self._work_dir / _PORT_FILE, str(server.port))
+        self._events.tell("listening", address=f"{self._context.host}:{server.port}")
+        return server
+
+    def _server_on(self, port: int) -> LearnerServer | None:
+        try:
+            return LearnerServer(
+                self._context.host,
+                port,
+                self._config.learner_token,
+                on_join=self._tell_join,
+                on_leave=self._tell_leave,
+            )
+        except FlopsError as exc:
+            _log.warning("%s", exc)
+            return None
+
+    def _begin(self) -> list[Array]:
+        """Wait for the learners, and get the parameters to go on from."""
+        checkpoint = self._store.load()
+        if checkpoint is not None:
+            self._history = list(checkpoint.history)
+            self._strategy.restore(checkpoint.strategy_state)
+            self._feed.add(self._history)
+            if not self._is_over():
+                self._tell(f"Going on after round {len(self._history)} of {self._config.rounds}.")
+                self._await_return()
+            return checkpoint.parameters
+        target = self._work_dir / "first.npz"
+        child = self._child(
+            self._context.project_python,
+            ("flops.trainer.model_host", "init"),
+            (str(target),),
+            doing="makes the model's first parameters",
+            code=ErrorCode.USER_CODE_FAILED,
+        )
+        self._await_learners(child)
+        child.wait()
+        with np.load(target, allow_pickle=False) as stored:
+            return [stored[str(index)] for index in range(len(stored.files))]
+
+    def _await_learners(self, child: ModelProcess) -> None:
+        needed = self._config.min_available_clients
+        self._tell(f"Waiting for {needed} learner{'s' if needed > 1 else ''} to join.")
+
+        def is_decided() -> bool:
+            return len(self._server.joined()) >= needed or child.has_failed or self._fatal() is not None
+
+        is_in_time = self._server.wait_until(is_decided, self._join_patience_s)
+        if child.has_failed:
+            child.wait()
+        fatal = self._fatal()
+        if fatal is not None and len(self._server.joined()) < needed:
+            raise fatal
+        if not is_in_time:
+            joined = ", ".join(link.learner for link in self._server.joined()) or "none"
+            refused = "; ".join(f"{k}: {e.message}" for k, (_, e) in self._server.refusals().items())
+            raise FlopsError(
+                ErrorCode.TOO_FEW_LEARNERS,
+                f"{needed} learners are needed to begin; joined within {self._join_patience_s:g} s: {joined}."
+                f"{f' {refused}' if refused else ''}",
+            )
+
+    def _fatal(self) -> FlopsError | None:
+        """The error of a learner that cannot load its code or data, whatever is done."""
+        for learner, (node, error) in self._server.refusals().items():
+            if error.code not in _MAY_PASS:
+                error.details.update(learner=learner, node=node)
+                return error
+        return None
+
+    def _await_return(self) -> None:
+        """After a restart: give all learners the time to dial again; the rounds need fewer."""
+        self._server.wait_until(
+            lambda: len(self._server.joined()) >= self._config.min_available_clients, _REJOIN_PATIENCE_S
+        )
+
+    def _is_over(self) -> bool:
+        reason = reason_to_end(self._history, self._config.target_metric, self._config.early_stopping)
+        if reason is not None:
+            self._tell(f"{reason} The training ends here.")
+        return reason is not None or len(self._history) >= self._config.rounds
+
+    # --- the end ---
+
+    def _deliver(self) -> None:
+        """Export, track, register and store the best round's model."""
+        best = best_round(self._history)
+        if best is None:
+            raise FlopsError(ErrorCode.ROUND_FAILED, "No round was finished.")
+        self._tell(f"Saving the model of round {best.number}, the best one.")
+        parameters, folder = self._work_dir / "best.npz", self._work_dir / f"model-{best.number}"
+        keep_best(self._store.parameters_file(best.number), parameters)
+        if not folder.exists():  # a folder is whole or not there; this is a restart when it is there
+            child = self._child(
+                self._context.model_python,
+                ("flops.trainer.export",),
+                (str(parameters), str(folder)),
+                doing="exports the model",
+                code=ErrorCode.MODEL_EXPORT_FAILED,
+            )
+            child.wait()
+        tracker, run = self._feed.wait(_TRACKING_PATIENCE_S)
+        model = patiently(
+            lambda: tracker.log_model(run.run_id, folder, best, self._config.model_name), _TRACKING_PATIENCE_S
+        )
+        if self._context.blobs_url:
+            digest = store_bundle(pack(folder), self._context.blobs_url, _STORE_PATIENCE_S)
+            model = model.model_copy(update={"bundle": digest})
+        tracker.close_run(run.run_id, is_success=True)
+        self._events.tell("training_completed", model=model.model_dump(mode="json"))
+
+    def _child(
+        self, python: str, module: Sequence[str], arguments: Sequence[str], *, doing: str, code: ErrorCode
+    ) -> ModelProcess:
+        if not python:
+            raise FlopsError(ErrorCode.INTERNAL, f"The service has no environment for what {doing}.")
+        name, *command = module
+        argv = [python, "-m", name, *command, str(self._work_dir / CONTEXT_FILE), *arguments]
+        child = ModelProcess(argv, self._environ, doing=doing, code=code, on_end=self._server.wake)
+        self._children.append(child)
+        return child
+
+    # --- events ---
+
+    def _tell(self, message: str) -> None:
+        self._events.tell("progress", message=message)
+
+    def _tell_run(self, run: TrackedRun) -> None:
+        self._events.tell(
+            "training_started", experiment_id=run.experiment_id, run_id=run.run_id, tracking_url=run.url
+        )
+
+    def _tell_round(self, number: int, learners: Sequence[str]) -> None:
+        self._events.tell("round_started", round=number, rounds=self._config.rounds, learners=list(learners))
+
+    def _tell_join(self, link: Link) -> None:
+        self._events.tell("learner_joined", learner=link.learner, node=link.node, rows=link.rows)
+
+    def _tell_leave(self, link: Link, reason: str) -> None:
+        self._events.tell("learner_left", learner=link.learner, node=link.node, reason=reason)
+
+
+def _parse(context: ActorContext) -> AggregatorConfig:
+    try:
+        return AggregatorConfig.model_validate(context.config)
+    except ValidationError as exc:
+        problems = exc.errors(include_url=False)
+        where = ".".join(str(part) for part in problems[0]["loc"])
+        is_strategy = where.startswith("strategy")
+        text = str(problems[0]["msg"]).removeprefix("Value error, ")
+        raise FlopsError(
+            ErrorCode.STRATEGY_INVALID if is_strategy else ErrorCode.INTERNAL, f"{where}: {text}."
+        ) from exc
+
+
+def _params_of(config: AggregatorConfig) -> dict[str, str]:
+    """The run's parameters, by the ancestor's names where it had them."""
+    params: dict[str, Any] = {
+        "training_rounds": config.rounds,
+        "min_available_clients": config.min_available_clients,
+        "min_fit_clients": config.min_fit_clients,
+        "min_evaluate_clients": config.min_evaluate_clients,
+        "fraction_fit": 1.0,
+        "fraction_evaluate": 1.0,
+        "strategy": config.strategy.name.value,
+        "round_timeout_s": config.round_timeout_s,
+        "seed": config.seed,
+        **{f"strategy.{key}": value for key, value in config.strategy.parameters.items()},
+    }
+    return {key: str(value) for key, value in params.items() if value is not None}

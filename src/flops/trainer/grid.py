@@ -1,0 +1,167 @@
+"""Flower's `Grid` over our own connections, and every touch of what Flower does not publish.
+
+Flower's strategies make Messages and read Messages; a `Grid` carries them. What is private in Flower is used
+here and nowhere else: the identity of the process, which a Message takes its sender from, and the message id
+in a Message's metadata. `tests/unit/trainer/test_grid.py` fails when a version of Flower changes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, Error, MessageType, MetricRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from flops.trainer.links import Instruction, LearnerServer, Link
+from flops.wire.training import EVALUATE, TRAIN, Array, Encoded, Message, encode_arrays
+
+ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
+ROWS = "num-examples"  # Flower's default name of the weight
+_KINDS = {MessageType.TRAIN: TRAIN, MessageType.EVALUATE: EVALUATE}
+_ERROR_CODE = 1
+_FOREVER_S = 7 * 86_400.0
+
+logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of asking one learner: its message, or why there is none."""
+
+    learner: str
+    node: str
+    instruction: FlowerMessage
+    reply: Message | None
+    reason: str  # of no reply; empty when the time was up
+
+
+class FlightGrid(Grid):
+    """Carries a strategy's messages to joined learners.
+
+    Args:
+        server: where the learners join.
+    """
+
+    def __init__(self, server: LearnerServer) -> None:
+        self._server = server
+        self._present: dict[int, Link] = {}
+        self._pushed: dict[str, FlowerMessage] = {}
+        self._run = Run.create_empty(run_id=1)
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+    def show(self, links: Iterable[Link]) -> None:
+        """Set which learners strategies see: they ask all that they see."""
+        self._present = {node_id_of(link.learner): link for link in links}
+
+    def exchange(self, messages: Iterable[FlowerMessage], timeout_s: float) -> list[Answer]:
+        """Ask the learners these messages are for; returns what came of each."""
+        instructions: dict[str, Instruction] = {}
+        asked: dict[str, tuple[Link, FlowerMessage]] = {}
+        encoded: dict[int, Encoded] = {}
+        for number, message in enumerate(messages):
+            link = self._present[message.metadata.dst_node_id]
+            # Every message of a strategy carries the same record: it is encoded once.
+            record = message.content
+            if id(record) not in encoded:
+                encoded[id(record)] = encode_arrays(_arrays_of(record))
+            config = dict(next(iter(record.config_records.values()), {}))
+            header = {"round": config.get("server-round", 0), "config": config}
+            _set_message_id(message, f"{link.learner}/{number}")
+            kind = _KINDS[message.metadata.message_type]
+            instructions[link.learner] = Instruction(kind, header, encoded[id(record)])
+            asked[link.learner] = (link, message)
+        answers = self._server.ask(instructions, timeout_s)
+        return [
+            Answer(learner, link.node, message, *answers[learner])
+            for learner, (link, message) in asked.items()
+        ]
+
+    # --- what Flower's Grid asks for ---
+
+    def set_run(self, run: Run) -> None:
+        """Set the run, which nothing of ours reads."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> FlowerMessage:
+        """Make a message to a learner."""
+        return FlowerMessage(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Flower's ids of the learners that were shown."""
+        return list(self._present)
+
+    def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
+        """Keep messages until they are pulled: sending and waiting are one step here."""
+        ids = []
+        for number, message in enumerate(messages, len(self._pushed)):
+            ids.append(f"pushed-{number}")
+            self._pushed[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
+        """Send pushed messages, and wait for their replies."""
+        return self.send_and_receive([self._pushed.pop(key) for key in message_ids])
+
+    def send_and_receive(
+        self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
+    ) -> Iterable[FlowerMessage]:
+        """Ask the learners; replies that are errors or missing carry a Flower error."""
+        answers = self.exchange(messages, _FOREVER_S if timeout is None else timeout)
+        return [_flower_reply(answer) for answer in answers]
+
+
+def node_id_of(learner: str) -> int:
+    """Flower's id for a learner: the same after it has joined anew."""
+    return int.from_bytes(hashlib.sha256(learner.encode()).digest()[:7], "big") + 1
+
+
+def reply_with(
+    instruction: FlowerMessage, arrays: list[Array] | None, metrics: dict[str, Any]
+) -> FlowerMessage:
+    """A Flower reply with a learner's parameters and numbers."""
+    records: dict[str, Any] = {METRICS: MetricRecord(metrics)}
+    if arrays is not None:
+        records[ARRAYS] = ArrayRecord(arrays)
+    return FlowerMessage(RecordDict(records), reply_to=instruction)
+
+
+def _flower_reply(answer: Answer) -> FlowerMessage:
+    reply = answer.reply
+    if reply is None or reply.header.get("error"):
+        reason = answer.reason or "it did not answer in time"
+        if reply is not None:
+            reason = str(reply.header["error"].get("message", reason))
+        return FlowerMessage(Error(code=_ERROR_CODE, reason=reason), reply_to=answer.instruction)
+    metrics = {key: value for key, value in reply.header["metrics"].items() if value is not None}
+    metrics[ROWS] = int(reply.header["rows"])
+    is_training = answer.instruction.metadata.message_type == MessageType.TRAIN
+    return reply_with(answer.instruction, reply.arrays if is_training else None, metrics)
+
+
+def _arrays_of(record: RecordDict) -> list[Array]:
+    arrays: ArrayRecord = next(iter(record.array_records.values()))
+    return list(arrays.to_numpy_ndarrays())
+
+
+def _set_message_id(message: FlowerMessage, value: str) -> None:
+    """Replies name what they reply to by this id; Flower lets only its own server set it."""
+    message.metadata.__dict__["_message_id"] = value

@@ -1,0 +1,186 @@
+"""A learner: trains and evaluates the user's model on its node's data, whenever its aggregator asks.
+
+Runs in the project's environment with the kit on PYTHONPATH: ``python -m flops.trainer.learner CONTEXT``.
+Code and data are loaded once; the connection is dialled again, by itself, whenever it is gone.
+
+This module is part of the actor kit: it imports the standard library, numpy and pyarrow only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import flight
+
+from flops.actor import ActorContext, EventLog, run_actor
+from flops.errors import ErrorCode, FlopsError
+from flops.trainer.ml_repo import MLRepo
+from flops.wire.training import (
+    AUTHORIZATION,
+    DESCRIPTOR,
+    EVALUATE,
+    HELLO,
+    REPLY,
+    SCHEMA,
+    STOP,
+    TRAIN,
+    Message,
+    Stream,
+    keep_connections_alive,
+)
+from flops_utils.local_data import DataSource
+
+_FIRST_BACK_OFF_S = 0.05
+_LONGEST_BACK_OFF_S = 1.0
+_TELL_FAILURE_S = 5.0  # how long an aggregator is looked for to tell it that this learner cannot learn
+MEASURE_LOSS = "measure-loss"  # config key: evaluate the received parameters before training on them
+_LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError)
+
+
+@dataclass(frozen=True)
+class _Dial:
+    """How to reach the aggregator, and who says hello."""
+
+    address: str
+    token: str
+    learner: str
+    node: str
+
+    @contextlib.contextmanager
+    def connect(self, hello: dict[str, Any]) -> Iterator[Stream]:
+        """Open the stream and say hello."""
+        options = flight.FlightCallOptions(
+            headers=[(AUTHORIZATION.encode(), f"Bearer {self.token}".encode())]
+        )
+        with flight.FlightClient(f"grpc://{self.address}") as client:
+            writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(DESCRIPTOR), options)
+            try:
+                writer.begin(SCHEMA)
+                stream = Stream(reader, writer)
+                stream.send(Message(HELLO, {"learner": self.learner, "node": self.node, **hello}))
+                keep_connections_alive(int(self.address.rpartition(":")[2]))
+                yield stream
+            finally:
+                with contextlib.suppress(*_LOST):
+                    reader.cancel()
+                with contextlib.suppress(*_LOST):
+                    writer.close()
+
+
+def main(context: ActorContext, events: EventLog) -> None:
+    """Learn until the aggregator says that the training is over.
+
+    Raises:
+        FlopsError: ``user_code_failed``, ``no_matching_data`` or ``unreachable`` when code or data cannot be
+            loaded, ``unauthenticated`` when the aggregator refuses the token.
+    """
+    config = context.config
+    dial = _Dial(config["aggregator"], config["learner_token"], context.service_id, context.node_name)
+    try:
+        repo, rows = _load(context, events)
+    except FlopsError as exc:
+        _tell_failure(dial, exc)
+        raise
+    events.tell("progress", message=f"Loaded {rows:,} rows; joining the aggregator at {dial.address}.")
+    back_off_s = _FIRST_BACK_OFF_S
+    while True:
+        started = time.monotonic()
+        try:
+            with dial.connect({"rows": rows}) as stream:
+                _serve(stream, repo)
+            return
+        except flight.FlightUnauthenticatedError as exc:
+            raise FlopsError(
+                ErrorCode.UNAUTHENTICATED,
+                f"The aggregator at {dial.address} refuses the token of {dial.learner}.",
+                hint="Another project's aggregator may have taken the address; this learner is started anew.",
+            ) from exc
+        except _LOST:
+            if time.monotonic() - started > _LONGEST_BACK_OFF_S:
+                back_off_s = _FIRST_BACK_OFF_S
+        time.sleep(back_off_s)
+        back_off_s = min(2 * back_off_s, _LONGEST_BACK_OFF_S)
+
+
+def _load(context: ActorContext, events: EventLog) -> tuple[MLRepo, int]:
+    config = context.config
+    tags = tuple(config["data_tags"])
+    events.tell("progress", message=f"Loading the code and the data ({', '.join(tags)}).")
+    seed = config.get("seed")
+    part = int(config.get("part", 0))
+    repo = MLRepo(
+        Path(context.repo_dir), node=context.node_name, seed=None if seed is None else int(seed) + part
+    )
+    source = DataSource(
+        context.data_address,
+        context.data_token,
+        tags,
+        part,
+        int(config.get("parts", 1)),
+        context.node_name,
+    )
+    return repo, repo.load_data(source)
+
+
+def _tell_failure(dial: _Dial, error: FlopsError) -> None:
+    """Let the aggregator know, if it is there: it may be waiting for this learner."""
+    deadline = time.monotonic() + _TELL_FAILURE_S
+    while time.monotonic() < deadline:
+        with (
+            contextlib.suppress(*_LOST),
+            dial.connect({"rows": 0, "error": error.to_dict()}) as stream,
+        ):
+            stream.receive()  # the aggregator's answer: it has taken it in
+            return
+        time.sleep(_FIRST_BACK_OFF_S * 4)
+
+
+def _serve(stream: Stream, repo: MLRepo) -> None:
+    """Answer instructions until ``stop``."""
+    while True:
+        instruction = stream.receive()
+        if instruction.type == STOP:
+            return
+        stream.send(_answer(instruction, repo))
+
+
+def _answer(instruction: Message, repo: MLRepo) -> Message:
+    """Do what is asked; a failure is answered, and the learner stays for the next instruction."""
+    header = {"id": instruction.header["id"]}
+    started = time.perf_counter()
+    try:
+        reply = _obey(instruction, repo)
+        reply.header.update(header, seconds=time.perf_counter() - started)
+        return reply
+    except FlopsError as exc:
+        exc.details.setdefault("round", instruction.header.get("round"))
+        return Message(REPLY, {**header, "error": exc.to_dict()})
+
+
+def _obey(instruction: Message, repo: MLRepo) -> Message:
+    # What was received is read-only, and user code may train in place.
+    parameters = [np.array(array) for array in instruction.arrays]
+    config = instruction.header.get("config", {})
+    if instruction.type == TRAIN:
+        metrics: dict[str, Any] = {}
+        if config.get(MEASURE_LOSS):
+            metrics["train_loss"] = repo.evaluate([np.array(array) for array in parameters]).loss
+        rows, arrays = repo.fit(parameters, {k: v for k, v in config.items() if k != MEASURE_LOSS})
+        return Message(REPLY, {"rows": rows, "metrics": metrics}, arrays)
+    if instruction.type == EVALUATE:
+        result = repo.evaluate(parameters)
+        numbers = {"loss": result.loss, "accuracy": result.accuracy, **result.metrics}
+        return Message(REPLY, {"rows": result.rows, "metrics": numbers})
+    raise FlopsError(ErrorCode.INTERNAL, f"The learner does not know the instruction {instruction.type!r}.")
+
+
+if __name__ == "__main__":
+    sys.exit(run_actor(main))

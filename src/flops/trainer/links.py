@@ -1,0 +1,274 @@
+"""The aggregator's end of the connections to its learners: who is joined, is busy, has answered what."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from flops.errors import ErrorCode, FlopsError
+from flops.wire.training import (
+    AUTHORIZATION,
+    HELLO,
+    REPLY,
+    SCHEMA,
+    STOP,
+    Encoded,
+    Message,
+    Stream,
+    encode_arrays,
+    keep_connections_alive,
+)
+
+_LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError, FlopsError)
+_NOTHING = encode_arrays([])
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What one learner is asked; `encoded` may be shared by many."""
+
+    kind: str
+    header: dict[str, Any]
+    encoded: Encoded
+
+
+@dataclass
+class Link:
+    """A joined learner. Its fields are guarded by the server's condition."""
+
+    learner: str
+    node: str
+    rows: int
+    stream: Stream
+    is_open: bool = True
+    asked: int | None = None  # id of the instruction that is not answered yet
+    to_send: tuple[int, Instruction] | None = None
+    answers: dict[int, Message] = field(default_factory=dict)
+    left_because: str = ""
+
+
+class LearnerServer:
+    """Where learners join. All methods may be called from any thread.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on, 0 for any.
+        token: what learners must show.
+        on_join: called when a learner has joined.
+        on_leave: called when a learner's connection has ended, with the reason.
+
+    Raises:
+        FlopsError: ``port_occupied``.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        token: str,
+        *,
+        on_join: Callable[[Link], None] = lambda _: None,
+        on_leave: Callable[[Link, str], None] = lambda _link, _reason: None,
+    ) -> None:
+        self._changed = threading.Condition()  # re-entrant: conditions may call methods
+        self._links: dict[str, Link] = {}
+        self._refusals: dict[str, tuple[str, FlopsError]] = {}
+        self._ids = itertools.count(1)
+        self._is_over = False
+        self._on_join = on_join
+        self._on_leave = on_leave
+        try:
+            self._server = _FlightServer(f"grpc://{host}:{port}", token, self._host_learner)
+        except (pa.ArrowException, flight.FlightError, OSError) as exc:
+            raise FlopsError(
+                ErrorCode.PORT_OCCUPIED, f"The aggregator cannot listen on {host}:{port}: {exc}."
+            ) from exc
+        self.port = int(self._server.port)
+
+    def joined(self) -> list[Link]:
+        """The learners that are joined now, by service id."""
+        with self._changed:
+            return [self._links[name] for name in sorted(self._links)]
+
+    def idle(self) -> list[Link]:
+        """The joined learners that have answered everything they were asked."""
+        with self._changed:
+            return [link for link in self._in_order() if link.asked is None]
+
+    def refusals(self) -> dict[str, tuple[str, FlopsError]]:
+        """Learners that could not load code or data: their node and error, until they join after all."""
+        with self._changed:
+            return dict(self._refusals)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until a condition on the learners holds; returns whether it does."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout_s)
+
+    def wake(self) -> None:
+        """Have waiting conditions looked at anew."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def ask(
+        self, instructions: Mapping[str, Instruction], timeout_s: float
+    ) -> dict[str, tuple[Message | None, str]]:
+        """Ask learners, and wait until each has answered or left, or the time is up.
+
+        Returns:
+            Per learner its answer, or None with the reason; the reason is empty when the time was up.
+        """
+        asked: dict[str, tuple[Link, int]] = {}
+        missing: dict[str, tuple[Message | None, str]] = {}
+        with self._changed:
+            for name, instruction in instructions.items():
+                link = self._links.get(name)
+                if link is None:
+                    missing[name] = (None, "it is not joined")
+                    continue
+                number = next(self._ids)
+                link.asked, link.to_send = number, (number, instruction)
+                link.answers.clear()
+                asked[name] = (link, number)
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: all(not link.is_open or number in link.answers for link, number in asked.values()),
+                timeout_s,
+            )
+            for name, (link, number) in asked.items():
+                answer = link.answers.pop(number, None)
+                missing[name] = (answer, link.left_because if answer is None and not link.is_open else "")
+        return missing
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """Tell all learners that the training is over, wait for them to leave, and stop listening."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._links, grace_s)
+        # A connection that does not end would keep `shutdown` waiting for good.
+        closer = threading.Thread(target=self._server.shutdown, name="stop-listening", daemon=True)
+        closer.start()
+        closer.join(grace_s)
+
+    def _in_order(self) -> Iterable[Link]:
+        return [self._links[name] for name in sorted(self._links)]
+
+    def _host_learner(self, stream: Stream) -> None:
+        """Serve one connection, in the thread of its call, until it ends."""
+        keep_connections_alive(self.port)
+        with contextlib.suppress(*_LOST):
+            hello = stream.receive()
+            if hello.type != HELLO:
+                return
+            if hello.header.get("error"):
+                self._take_refusal(hello.header)
+                stream.send(Message(STOP))
+                return
+            link = Link(
+                str(hello.header["learner"]), str(hello.header["node"]), int(hello.header["rows"]), stream
+            )
+            self._join(link)
+            reason = "its connection ended"
+            try:
+                while link.is_open:
+                    self._take_answer(link, stream.receive())
+            except _LOST as exc:
+                reason = "its connection ended" if isinstance(exc, EOFError) else _short(exc)
+            finally:
+                self._leave(link, reason)
+
+    def _take_refusal(self, header: dict[str, Any]) -> None:
+        with self._changed:
+            error = FlopsError.from_dict(header["error"])
+            self._refusals[str(header["learner"])] = (str(header["node"]), error)
+            self._changed.notify_all()
+
+    def _join(self, link: Link) -> None:
+        with self._changed:
+            earlier = self._links.pop(link.learner, None)
+            if earlier is not None:
+                earlier.is_open, earlier.left_because = False, "it joined anew"
+            self._links[link.learner] = link
+            self._refusals.pop(link.learner, None)
+            self._on_join(link)
+            self._changed.notify_all()
+        threading.Thread(target=self._send_to, args=(link,), name=f"send-{link.learner}", daemon=True).start()
+
+    def _take_answer(self, link: Link, message: Message) -> None:
+        with self._changed:
+            number = link.asked
+            if number is None or message.type != REPLY or message.header.get("id") != number:
+                return
+            link.asked = None
+            link.answers[number] = message
+            self._changed.notify_all()
+
+    def _leave(self, link: Link, reason: str) -> None:
+        with self._changed:
+            is_replaced = self._links.get(link.learner) is not link
+            if not is_replaced:
+                del self._links[link.learner]
+            if link.is_open:
+                link.is_open, link.left_because = False, reason
+            if not is_replaced and not self._is_over:
+                self._on_leave(link, reason)
+            self._changed.notify_all()
+
+    def _send_to(self, link: Link) -> None:
+        """Send a learner's instructions in a thread of its own: a slow network holds up nobody else."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: link.to_send or self._is_over or not link.is_open)
+                work, link.to_send = link.to_send, None
+                if not link.is_open:
+                    return
+            try:
+                if work is None:
+                    link.stream.send_encoded(STOP, {}, _NOTHING)
+                    return
+                number, instruction = work
+                link.stream.send_encoded(
+                    instruction.kind, {**instruction.header, "id": number}, instruction.encoded
+                )
+            except _LOST as exc:
+                self._leave(link, _short(exc))
+                return
+
+
+def _short(exc: Exception) -> str:
+    """The essence of a transport error: gRPC's texts are long and name sources of gRPC."""
+    text = str(exc).split("gRPC client debug context")[0].split(". Detail:")[0].strip()
+    return f"its connection broke: {text[:200]}"
+
+
+class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has no types
+    def __init__(self, location: str, token: str, serve: Callable[[Stream], None]) -> None:
+        # FlightServerBase listens already inside its constructor.
+        self._serve = serve
+        super().__init__(location, middleware={"token": _TokenCheck(token)})
+
+    def do_exchange(self, _context: Any, _descriptor: Any, reader: Any, writer: Any) -> None:
+        writer.begin(SCHEMA)
+        self._serve(Stream(reader, writer))
+
+
+class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow has no types
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self._expected = f"Bearer {token}".encode()
+
+    def start_call(self, _info: Any, headers: Any) -> None:
+        shown = [value for key, value in headers.items() if key.lower() == AUTHORIZATION]
+        value = shown[0][0] if shown and shown[0] else ""
+        raw = value if isinstance(value, bytes) else str(value).encode()
+        if not hmac.compare_digest(raw, self._expected):
+            raise flight.FlightUnauthenticatedError("the learner's token is not the aggregator's")

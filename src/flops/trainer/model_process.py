@@ -1,0 +1,99 @@
+"""Children of the aggregator that run the user's code in the project's environments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+from flops.errors import ErrorCode, FlopsError
+
+_TAIL_CHARACTERS = 2_000
+_KILLED = -9
+
+
+class ModelProcess:
+    """A child that does one thing and ends; its output goes on to the aggregator's.
+
+    Args:
+        argv: the command.
+        env: the child's whole environment.
+        doing: what it does, in words that follow "The process that …", for messages.
+        code: error when it ends badly without telling why.
+        on_end: called, in another thread, when it has ended.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        doing: str,
+        code: ErrorCode,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._doing = doing
+        self._code = code
+        self._result: Future[None] = Future()
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except OSError as exc:
+            raise FlopsError(code, f"The process that {doing} cannot be started: {exc}.") from exc
+        self._result.add_done_callback(lambda _: on_end())
+        self._thread = threading.Thread(target=self._watch, name="model-process", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended with a failure."""
+        return self._result.done() and self._result.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            FlopsError: what the child told, or the code given when it told nothing.
+        """
+        self._result.result()
+
+    def kill(self) -> None:
+        """End it if it still runs."""
+        with contextlib.suppress(OSError):
+            self._process.kill()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        _, errors = self._process.communicate()
+        error = None if self._process.returncode == 0 else self._error_of(errors)
+        told = errors.rstrip().rpartition("\n")[0] if error is not None else errors.rstrip()
+        if told:
+            sys.stderr.write(told + "\n")
+        if error is None:
+            self._result.set_result(None)
+        else:
+            self._result.set_exception(error)
+
+    def _error_of(self, errors: str) -> FlopsError:
+        with contextlib.suppress(ValueError, AttributeError):
+            return FlopsError.from_dict(json.loads(errors.rstrip().rpartition("\n")[2]))
+        status = self._process.returncode
+        code = ErrorCode.OUT_OF_MEMORY if status == _KILLED else self._code
+        reason = (
+            "was killed, which is mostly for want of memory" if status == _KILLED else f"ended with {status}"
+        )
+        return FlopsError(
+            code,
+            f"The process that {self._doing} {reason}.",
+            details={"exit_code": status, "traceback": errors[-_TAIL_CHARACTERS:]},
+        )

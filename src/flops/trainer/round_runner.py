@@ -1,0 +1,226 @@
+"""One round of a training: ask the learners to train, aggregate, have the result evaluated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Message as FlowerMessage
+
+from flops.core.project import Participant, Round
+from flops.core.rounds import Outcome, Part, Verdict, describe_part, failure_of, judge
+from flops.errors import ErrorCode, FlopsError
+from flops.trainer.grid import ROWS, Answer, FlightGrid, reply_with
+from flops.trainer.links import LearnerServer, Link
+from flops.trainer.strategy import RoundStrategy
+from flops.wire.services import AggregatorConfig
+from flops.wire.training import EVALUATE, TRAIN, Array, Message
+
+
+@dataclass(frozen=True)
+class FinishedRound:
+    """A round's result: the new global parameters, and the numbers of their evaluation."""
+
+    parameters: list[Array]
+    record: Round
+
+
+@dataclass
+class _Phase:
+    """What came of one phase so far, by learner."""
+
+    name: str
+    number: int
+    needed: int
+    parts: dict[str, Part] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)  # usable ones
+
+    def may_ask(self, link: Link) -> bool:
+        """Whether a learner is still to be asked: what fails by its code would fail again."""
+        part = self.parts.get(link.learner)
+        return part is None or part.outcome.may_recover
+
+
+class RoundRunner:
+    """Runs rounds with the learners that are joined.
+
+    Args:
+        server: where learners are joined.
+        strategy: how results are aggregated.
+        config: how many learners are needed, and how long is waited for them in each of the two phases.
+        tell: is told in one sentence what users should know, such as who was left out.
+        on_start: is told the round and who takes part.
+    """
+
+    def __init__(
+        self,
+        server: LearnerServer,
+        strategy: RoundStrategy,
+        config: AggregatorConfig,
+        *,
+        tell: Callable[[str], None],
+        on_start: Callable[[int, Sequence[str]], None],
+    ) -> None:
+        self._server = server
+        self._grid = FlightGrid(server)
+        self._strategy = strategy
+        self._config = config
+        self._tell = tell
+        self._on_start = on_start
+
+    def run(self, number: int, parameters: list[Array]) -> FinishedRound:
+        """Run a round from these global parameters.
+
+        Raises:
+            FlopsError: ``user_code_failed``, ``too_few_learners``, ``round_failed``, ``aggregation_failed``.
+        """
+        started = time.monotonic()
+        self._on_start(number, [link.learner for link in self._server.idle()])
+        train = self._collect(
+            _Phase(TRAIN, number, self._config.min_fit_clients),
+            lambda: self._strategy.configure_train(number, parameters, self._grid),
+            lambda answer: _problem_of_training(answer, parameters),
+        )
+        replies = [_train_reply(answer) for answer in train.answers.values()]
+        aggregated = self._strategy.aggregate_train(number, replies)
+        evaluate = self._collect(
+            _Phase(EVALUATE, number, self._config.min_evaluate_clients),
+            lambda: self._strategy.configure_evaluate(number, aggregated, self._grid),
+            lambda _: None,
+        )
+        metrics = self._strategy.aggregate_evaluate(number, _evaluate_replies(evaluate))
+        record = Round(
+            number=number,
+            accuracy=metrics.pop("accuracy", None),
+            loss=metrics.pop("loss", None),
+            metrics=metrics,
+            participants=_participants(train, evaluate),
+            left_out=tuple(name for name in train.parts if name not in train.answers),
+            duration_s=time.monotonic() - started,
+        )
+        return FinishedRound(aggregated, record)
+
+    def _collect(
+        self,
+        phase: _Phase,
+        messages: Callable[[], list[FlowerMessage]],
+        problem: Callable[[Message], str | None],
+    ) -> _Phase:
+        """Ask, and ask those that come back or join, until enough have answered or waiting cannot help."""
+        limit_s = self._config.round_timeout_s
+        deadline = time.monotonic() + limit_s
+        while True:
+            links = [link for link in self._server.idle() if phase.may_ask(link)]
+            if links:
+                self._grid.show(links)
+                for answer in self._grid.exchange(messages(), max(0.0, deadline - time.monotonic())):
+                    self._classify(phase, answer, problem)
+            parts = list(phase.parts.values())
+            verdict = judge(parts, needed=phase.needed)
+            remaining_s = deadline - time.monotonic()
+            if verdict is Verdict.GO_ON:
+                self._report_left_out(phase)
+                return phase
+            if verdict is Verdict.FAIL or remaining_s <= 0:
+                raise failure_of(phase.name, phase.number, parts, needed=phase.needed, waited_s=limit_s)
+            self._server.wait_until(
+                lambda: any(phase.may_ask(link) for link in self._server.idle()), remaining_s
+            )
+
+    def _classify(self, phase: _Phase, answer: Answer, problem: Callable[[Message], str | None]) -> None:
+        error: dict[str, Any] | None = None
+        if answer.reply is None:
+            outcome = Outcome.LEFT if answer.reason else Outcome.LATE
+            reason = answer.reason
+        elif answer.reply.header.get("error"):
+            error = dict(answer.reply.header["error"])
+            is_users = error.get("code") == ErrorCode.USER_CODE_FAILED
+            outcome = Outcome.USER_CODE if is_users else Outcome.REFUSED
+            reason = str(error.get("message", ""))
+        else:
+            reason = problem(answer.reply) or ""
+            outcome = Outcome.REFUSED if reason else Outcome.DONE
+        phase.parts[answer.learner] = Part(
+            learner=answer.learner, node=answer.node, outcome=outcome, reason=reason, error=error
+        )
+        if outcome is Outcome.DONE:
+            phase.answers[answer.learner] = answer
+
+    def _report_left_out(self, phase: _Phase) -> None:
+        for part in phase.parts.values():
+            if part.outcome is not Outcome.DONE:
+                self._tell(
+                    f"Round {phase.number}, {phase.name}: without {part.learner}, {describe_part(part)}."
+                )
+
+
+def _problem_of_training(reply: Message, parameters: Sequence[Array]) -> str | None:
+    """Why a learner's training result cannot be aggregated; None when it can."""
+    if int(reply.header["rows"]) <= 0:
+        return "it trained on no row"
+    if len(reply.arrays) != len(parameters):
+        return f"it returned {len(reply.arrays)} arrays, the model has {len(parameters)}"
+    for index, (array, expected) in enumerate(zip(reply.arrays, parameters, strict=True)):
+        if array.shape != expected.shape:
+            return f"its array {index} has the shape {array.shape}, the model's has {expected.shape}"
+        if not np.isfinite(array).all():
+            return f"its array {index} has values that are NaN or infinite"
+    return None
+
+
+def _train_reply(answer: Answer) -> FlowerMessage:
+    reply = _reply_of(answer)
+    metrics: dict[str, Any] = {ROWS: int(reply.header["rows"])}
+    metrics.update({k: float(v) for k, v in reply.header["metrics"].items() if v is not None})
+    return reply_with(answer.instruction, reply.arrays, metrics)
+
+
+def _evaluate_replies(phase: _Phase) -> list[FlowerMessage]:
+    """Replies with the numbers that all learners with held-out rows have: means need them from each."""
+    answers = [answer for answer in phase.answers.values() if int(_reply_of(answer).header["rows"]) > 0]
+    if not answers:
+        raise FlopsError(
+            ErrorCode.ROUND_FAILED,
+            f"Round {phase.number}: no learner evaluated a single row.",
+            hint="evaluate_model() must return the number of held-out rows; keep some out of the training.",
+            details={"round": phase.number},
+        )
+    numbers = [_reply_of(answer).header["metrics"] for answer in answers]
+    shared = [key for key in numbers[0] if all(other.get(key) is not None for other in numbers)]
+    return [
+        reply_with(
+            answer.instruction,
+            None,
+            {ROWS: int(_reply_of(answer).header["rows"]), **{key: float(own[key]) for key in shared}},
+        )
+        for answer, own in zip(answers, numbers, strict=True)
+    ]
+
+
+def _participants(train: _Phase, evaluate: _Phase) -> tuple[Participant, ...]:
+    found = []
+    for learner in dict.fromkeys((*train.answers, *evaluate.answers)):
+        trained, evaluated = train.answers.get(learner), evaluate.answers.get(learner)
+        after = _reply_of(evaluated).header if evaluated else {}
+        numbers = after.get("metrics", {})
+        found.append(
+            Participant(
+                learner=learner,
+                node=(trained or evaluated).node,  # type: ignore[union-attr]  # one of them is there
+                rows=int(_reply_of(trained).header["rows"]) if trained else 0,
+                fit_s=float(_reply_of(trained).header["seconds"]) if trained else 0.0,
+                evaluate_s=float(after.get("seconds", 0.0)),
+                accuracy=numbers.get("accuracy"),
+                loss=numbers.get("loss"),
+            )
+        )
+    return tuple(found)
+
+
+def _reply_of(answer: Answer) -> Message:
+    if answer.reply is None:
+        raise AssertionError(f"{answer.learner} has not answered")
+    return answer.reply

@@ -1,0 +1,153 @@
+"""Flower's strategies, made from a project's SLA, with a state that can be kept over a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Message as FlowerMessage
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
+
+from flops.core.sla import Strategy, StrategyName
+from flops.errors import ErrorCode, FlopsError
+from flops.trainer.grid import FlightGrid
+from flops.trainer.learner import MEASURE_LOSS
+from flops.wire.training import Array
+
+_CLASSES: Mapping[StrategyName, type[flower.FedAvg]] = {
+    StrategyName.FED_AVG: flower.FedAvg,
+    StrategyName.FED_AVG_M: flower.FedAvgM,
+    StrategyName.FED_PROX: flower.FedProx,
+    StrategyName.FED_ADAGRAD: flower.FedAdagrad,
+    StrategyName.FED_ADAM: flower.FedAdam,
+    StrategyName.FED_YOGI: flower.FedYogi,
+    StrategyName.FED_MEDIAN: flower.FedMedian,
+    StrategyName.FED_TRIMMED_AVG: flower.FedTrimmedAvg,
+    StrategyName.KRUM: flower.Krum,
+    StrategyName.QFED_AVG: flower.QFedAvg,
+}
+_WHOLE = frozenset({"num_malicious_nodes"})
+# What strategies remember from round to round; `current_arrays` is set anew from the parameters of the round.
+_STATE_LISTS = ("momentum_vector",)
+_STATE_MAPPINGS = ("m_t", "v_t")
+
+
+class RoundStrategy:
+    """A Flower strategy, driven hook by hook.
+
+    All joined learners take part in every round; how many are needed is decided by `flops.core.rounds`.
+
+    Args:
+        asked: the strategy of the SLA.
+
+    Raises:
+        FlopsError: ``strategy_invalid``.
+    """
+
+    def __init__(self, asked: Strategy) -> None:
+        parameters: dict[str, Any] = {
+            key: int(value) if key in _WHOLE else value for key, value in asked.parameters.items()
+        }
+        try:
+            self._flower = _CLASSES[asked.name](
+                min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, **parameters
+            )
+        except (TypeError, ValueError) as exc:
+            raise FlopsError(
+                ErrorCode.STRATEGY_INVALID, f"The strategy {asked.name} cannot be used: {exc}."
+            ) from exc
+        self._train_config: dict[str, Any] = {}
+        if asked.name is StrategyName.QFED_AVG:
+            self._train_config[MEASURE_LOSS] = True
+        self._dtypes: list[np.dtype[Any]] = []
+
+    def configure_train(
+        self, number: int, parameters: Sequence[Array], grid: FlightGrid
+    ) -> list[FlowerMessage]:
+        """Messages that ask the learners shown by the grid to train from these parameters."""
+        self._dtypes = [array.dtype for array in parameters]
+        config = ConfigRecord(self._train_config)
+        return list(self._flower.configure_train(number, ArrayRecord(list(parameters)), config, grid))
+
+    def aggregate_train(self, number: int, replies: Sequence[FlowerMessage]) -> list[Array]:
+        """The new global parameters, of the types the model's parameters have.
+
+        Raises:
+            FlopsError: ``aggregation_failed``.
+        """
+        try:
+            arrays, _ = self._flower.aggregate_train(number, replies)
+        except (AggregationError, InconsistentMessageReplies, ValueError, ZeroDivisionError) as exc:
+            raise self._failed(number, str(exc)) from exc
+        if arrays is None:
+            raise self._failed(number, "the strategy gave no parameters")
+        result = [
+            _to_dtype(array, dtype)
+            for array, dtype in zip(arrays.to_numpy_ndarrays(), self._dtypes, strict=True)
+        ]
+        if not all(np.isfinite(array).all() for array in result):
+            raise self._failed(
+                number, "the aggregated parameters are not finite; smaller learning rates may help"
+            )
+        return result
+
+    def configure_evaluate(
+        self, number: int, parameters: Sequence[Array], grid: FlightGrid
+    ) -> list[FlowerMessage]:
+        """Messages that ask the learners shown by the grid to evaluate these parameters."""
+        config = ConfigRecord({})
+        return list(self._flower.configure_evaluate(number, ArrayRecord(list(parameters)), config, grid))
+
+    def aggregate_evaluate(self, number: int, replies: Sequence[FlowerMessage]) -> dict[str, float]:
+        """The global model's numbers, each the mean over the learners weighted by their held-out rows.
+
+        Raises:
+            FlopsError: ``aggregation_failed``.
+        """
+        try:
+            metrics: MetricRecord | None = self._flower.aggregate_evaluate(number, replies)
+        except (AggregationError, InconsistentMessageReplies, ValueError, ZeroDivisionError) as exc:
+            raise self._failed(number, str(exc)) from exc
+        return {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, int | float)}
+
+    def state(self) -> dict[str, Array]:
+        """What the strategy remembers from round to round, as named arrays."""
+        found: dict[str, Array] = {}
+        for name in _STATE_LISTS:
+            for index, array in enumerate(getattr(self._flower, name, None) or ()):
+                found[f"{name}/{index}"] = np.asarray(array)
+        for name in _STATE_MAPPINGS:
+            for key, array in (getattr(self._flower, name, None) or {}).items():
+                found[f"{name}/{key}"] = np.asarray(array)
+        return found
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over what `state` gave before a restart."""
+        for name in _STATE_LISTS:
+            own = {int(key.partition("/")[2]): v for key, v in state.items() if key.startswith(f"{name}/")}
+            if own:
+                setattr(self._flower, name, [own[index] for index in sorted(own)])
+        for name in _STATE_MAPPINGS:
+            named = {key.partition("/")[2]: v for key, v in state.items() if key.startswith(f"{name}/")}
+            if named:
+                setattr(self._flower, name, named)
+
+    def _failed(self, number: int, why: str) -> FlopsError:
+        name = type(self._flower).__name__
+        return FlopsError(
+            ErrorCode.AGGREGATION_FAILED,
+            f"{name} failed in round {number}: {why}.",
+            details={"round": number},
+        )
+
+
+def _to_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Strategies compute in float64 where they multiply by numpy's scalars; models keep their types."""
+    if array.dtype == dtype:
+        return array
+    if dtype.kind in "iu":
+        array = np.rint(array)
+    return array.astype(dtype)
