@@ -285,13 +285,16 @@ class UvEnvironments:
         wanted = SpecifierSet(dependencies.python)
         if wanted.contains(platform.python_version(), prereleases=True):
             return _own_python(), _OWN_MINOR, ()
-        installed = self._installed_pythons()
+        asked = {_minor(part.version) for part in wanted if part.operator in {"==", "~="}}
+        is_met_by_own = asked and all(
+            _release(minor) < OLDEST_PYTHON or minor == _OWN_MINOR for minor in asked
+        )
+        installed = [] if is_met_by_own else self._installed_pythons()
         for version, path in installed:
             if wanted.contains(version, prereleases=True):
                 return path, _minor(version), ()
-        asked = {_minor(s.version) for s in wanted if s.operator in {"==", "~="}}
         version, path = next(
-            ((v, p) for v, p in installed if _minor(v) in asked and _minor(v) != _OWN_MINOR),
+            ((version, path) for version, path in installed if _minor(version) in asked),
             (platform.python_version(), _own_python()),
         )
         note = (
@@ -367,6 +370,10 @@ def _own_python() -> Path:
 
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return Version(version).release
 
 
 def _tool_environment(environ: Mapping[str, str]) -> dict[str, str]:

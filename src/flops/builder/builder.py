@@ -1,9 +1,10 @@
-"""The builder: locks the environments of a repository, and builds the project's one where problems show."""
+"""The builder: locks the environments of a repository, and builds them once where problems show."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,8 +22,8 @@ _UPLOAD_ATTEMPTS = 5
 def main(context: ActorContext, events: EventLog, open_environments: Callable[[Path], Environments]) -> None:
     """Lock the environments of the bundle's repository, store both locks as blobs, and tell the environment.
 
-    Both environments are built here first: what cannot be built is known before any learner is placed, and on
-    the builder's own node, and for every other node with a shared cache, the packages are there already.
+    Both environments are built here first: what cannot be built is known before any learner is placed, and a
+    learner on this node finds its environment ready.
 
     Args:
         context: `repo_dir`, `blobs_url`, `environments_dir` and a `BuilderConfig`.
@@ -44,8 +45,8 @@ def main(context: ActorContext, events: EventLog, open_environments: Callable[[P
     lock, model_lock, environment = environments.lock(Path(context.repo_dir), config.flavor, report)
     for note in environment.notes:
         report(note)
-    for text in (lock, model_lock):
-        environments.materialise(text, report)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda text: environments.materialise(text, report), (lock, model_lock)))
     with httpx.Client(timeout=_UPLOAD_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
         for text in (lock, model_lock):
             _store(client, context.blobs_url, text.encode())

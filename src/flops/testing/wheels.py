@@ -1,0 +1,53 @@
+"""Wheels made by hand, so that tests of environments run uv for real and need no package index."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+PLATFORM_WHEELS: Mapping[str, tuple[str, ...]] = {
+    "numpy": ("numpy",),
+    "pyarrow": ("pyarrow", "pyarrow.flight"),
+    "datasets": ("datasets",),
+    "pillow": ("PIL",),
+    "mlflow-skinny": ("mlflow", "mlflow.sklearn", "mlflow.pyfunc", "mlflow.models"),
+    "pandas": ("pandas",),
+    "starlette": ("starlette", "starlette.applications"),
+    "uvicorn": ("uvicorn",),
+    "httptools": ("httptools",),
+    "uvloop": ("uvloop",),
+    "orjson": ("orjson",),
+    "skops": ("skops",),
+}
+
+
+def make_wheel(
+    folder: Path, name: str, version: str, *, requires: Iterable[str] = (), modules: Iterable[str] = ()
+) -> Path:
+    """Write a pure wheel whose modules are empty packages; returns its path."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    info = f"{stem}.dist-info"
+    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
+    metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
+    files = {f"{module.replace('.', '/')}/__init__.py": "" for module in modules}
+    files[f"{info}/METADATA"] = "\n".join(metadata) + "\n"
+    files[f"{info}/WHEEL"] = (
+        "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inner, text in files.items():
+            archive.writestr(zipfile.ZipInfo(inner), text)
+    return path
+
+
+def make_platform_wheels(folder: Path, *, mlflow_version: str) -> None:
+    """Write wheels of everything that the platform adds to environments."""
+    for name, version in (("packaging", "24.0"), ("protobuf", "7.0"), ("protobuf", "8.0")):
+        make_wheel(folder, name, version)
+    for name, modules in PLATFORM_WHEELS.items():
+        version = {"mlflow-skinny": mlflow_version, "numpy": "2.1.0"}.get(name, "16.0")
+        requires = ("packaging>=20", "protobuf<8") if name == "mlflow-skinny" else ()
+        make_wheel(folder, name, version, requires=requires, modules=modules)
