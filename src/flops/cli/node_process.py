@@ -24,6 +24,7 @@ UNIT_FILE = Path("/etc/systemd/system") / UNIT
 START_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 60.0
+EXIT_TIMEOUT_S = 5.0
 _LOG_BYTES = 8 * 1024**2
 _POLL_S = 0.05
 
@@ -116,7 +117,18 @@ def stop_daemon(paths: NodePaths) -> bool:
         if time.monotonic() > deadline_s:
             raise FlopsError(ErrorCode.TIMEOUT, f"NodeEngine (process {pid}) does not end.")
         time.sleep(_POLL_S)
+    _wait_for_exit(pid)
     return True
+
+
+def _wait_for_exit(pid: int) -> None:
+    """The daemon has let go of its home; its process is about to be gone."""
+    deadline_s = time.monotonic() + EXIT_TIMEOUT_S
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline_s:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return
+            time.sleep(_POLL_S)
 
 
 def _systemctl(verb: str, *, check: bool = True) -> int:
