@@ -22,6 +22,7 @@ ProjectIdArgument = Annotated[str, typer.Argument(help="Id of the project.")]
 
 _FOLLOW_EVERY_S = 1.0
 _FOLLOW_TAIL_BYTES = 1_048_576
+_ANCHOR_LENGTH = 200
 
 
 @project.command()
@@ -214,14 +215,14 @@ def _follow_logs(api: ApiClient, project_id: str, service: str | None) -> None:
 
 
 def new_output(before: str, now: str) -> str:
-    """What `now` has beyond `before`, when both are the end of one growing text."""
+    """What `now` has beyond `before`, when both are the last bytes of one growing text."""
     if now.startswith(before):
         return now[len(before) :]
-    head = now[:200]
-    start = before.find(head)
-    while start >= 0:
-        overlap = before[start:]
-        if now.startswith(overlap):
-            return now[len(overlap) :]
-        start = before.find(head, start + 1)
+    anchor = before[-_ANCHOR_LENGTH:]
+    position = now.rfind(anchor)
+    while position >= 0:
+        known = now[: position + len(anchor)]
+        if before.endswith(known):
+            return now[len(known) :]
+        position = now.rfind(anchor, 0, position + len(anchor) - 1)
     return now
