@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install lock format lint types contracts check test test-fast e2e demo clean bench
+.PHONY: help install lock format lint types contracts check test test-fast demo demo-stop clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test-fast: install ## unit, contract and property tests only
 
 demo: install ## run the main job on real data, from two fresh nodes to a served model
 	$(BIN)/python scripts/demo.py
+
+demo-stop: install ## stop what the demo left running; its state stays in .demo
+	$(BIN)/python scripts/demo.py --stop
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo
