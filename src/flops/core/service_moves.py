@@ -169,9 +169,10 @@ def _failed(change: Change, event: ServiceChanged) -> None:
 
 
 def _lose_learner(change: Change, learner: ServiceId, failure: Failure) -> None:
-    """Count a learner out. The project fails when fewer than min_fit_clients can ever take part again.
+    """Count a learner out. The project fails when too few are left for the training ever to go on.
 
-    While more are left, the aggregator decides how the training goes on.
+    The first round needs min_available_clients, later ones min_fit_clients. While enough are left, the
+    aggregator decides how the training goes on.
     """
     project = change.project
     present = learner_ids(project)
@@ -179,9 +180,11 @@ def _lose_learner(change: Change, learner: ServiceId, failure: Failure) -> None:
         return
     change.set(failed_learners=(*project.failed_learners, learner))
     left = len(set(present) - set(change.project.failed_learners))
-    training = project.training
-    has_all_rounds = training is not None and len(training.history) >= training.rounds_total
-    if left < project.sla.training_configuration.min_fit_clients and not has_all_rounds:
+    configuration, training = project.sla.training_configuration, project.training
+    if training is None or len(training.history) >= training.rounds_total:
+        return
+    has_begun = training.round_now > 0
+    if left < (configuration.min_fit_clients if has_begun else configuration.min_available_clients):
         fail(change, failure)
 
 

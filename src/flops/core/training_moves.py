@@ -20,6 +20,7 @@ from flops.core.events import (
     TrainingStarted,
 )
 from flops.core.project import Round, Stage, Training
+from flops.core.rounds import best_round
 from flops.core.service_moves import learner_ids, service_id
 from flops.core.sla import PostTrainingStep
 
@@ -138,13 +139,14 @@ def round_completed(change: Change, event: RoundCompleted) -> None:
     finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}
     record = record.model_copy(update={"metrics": finite})  # JSON has no others
     history = (*training.history, record)
+    best = best_round(history)
     change.set(
         training=training.model_copy(
             update={
                 "history": history,
                 "round_now": max(training.round_now, record.number),
                 "rounds_total": event.rounds,
-                "best_round": min(history, key=_worse).number,
+                "best_round": best.number if best else None,
             }
         )
     )
@@ -224,12 +226,6 @@ def _waiting(change: Change, joined: tuple[str, ...]) -> str:
     if len(joined) >= wanted:
         return "All learners have joined; the first round begins."
     return f"Waits for learners: {len(joined)} of {wanted} have joined."
-
-
-def _worse(record: Round) -> tuple[float, float]:
-    """Sorts the best round first: higher accuracy, then lower loss, then the earlier one."""
-    accuracy = -record.accuracy if record.accuracy is not None else 0.0
-    return (accuracy, record.loss if record.loss is not None else float("inf"))
 
 
 def _numbers(record: Round) -> str:

@@ -281,7 +281,7 @@ def test_a_service_that_ends_without_a_word_is_explained() -> None:
 
 
 def test_a_learner_that_fails_is_the_aggregators_business_while_enough_are_left() -> None:
-    training = at(Stage.TRAINING, min_fit_clients=1)
+    training = at(Stage.TRAINING, min_fit_clients=1).happen(life.RoundStarted(round=1, rounds=3))
     training.happen(changed("learner-p1-1", ServiceState.FAILED, failure=FAILURE))
     assert training.project.stage is Stage.TRAINING
     training.happen(changed("learner-p1-2", ServiceState.FAILED, failure=FAILURE))
@@ -291,8 +291,13 @@ def test_a_learner_that_fails_is_the_aggregators_business_while_enough_are_left(
     assert training.project.failure.details["node"] == "alpha"
 
 
+def test_a_project_fails_when_too_few_learners_are_left_for_the_first_round() -> None:
+    training = at(Stage.TRAINING, min_fit_clients=1)
+    assert training.happen(told("learner-p1-1")).project.stage is Stage.FAILED
+
+
 def test_a_project_fails_when_too_few_learners_are_left_to_fit() -> None:
-    training = at(Stage.TRAINING, min_fit_clients=2)
+    training = at(Stage.TRAINING, min_fit_clients=2).happen(life.RoundStarted(round=1, rounds=3))
     assert training.happen(told("learner-p1-1")).project.stage is Stage.FAILED
 
 
