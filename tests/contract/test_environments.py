@@ -10,7 +10,7 @@ import uv
 from flops.adapters.uv_environments import UvEnvironments
 from flops.settings import inherited_environment
 from flops.testing.contracts.environments import EnvironmentsContract
-from flops.testing.wheels import make_platform_wheels
+from flops.testing.wheels import make_platform_wheels, use_only
 
 
 class TestUvEnvironments(EnvironmentsContract):
@@ -22,11 +22,6 @@ class TestUvEnvironments(EnvironmentsContract):
         return UvEnvironments(
             tmp_path / "environments",
             uv=Path(uv.find_uv_bin()),
-            environ={
-                **inherited_environment(),
-                "UV_NO_INDEX": "1",
-                "UV_FIND_LINKS": str(wheels),
-                "UV_CACHE_DIR": str(tmp_path / "cache"),
-            },
+            environ={**inherited_environment(), **use_only(wheels, tmp_path / "cache")},
             mlflow_version="3.17.2",
         )

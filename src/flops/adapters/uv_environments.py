@@ -57,7 +57,6 @@ _FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceede
 _NO_INDEX = re.compile(
     r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
 )
-_NO_BUILD = re.compile(r"failed to (download and )?build|build backend", re.IGNORECASE)
 _KIT_IMPORTS = ("numpy", "pyarrow", "pyarrow.flight")
 _MODEL_IMPORTS = (
     "mlflow.pyfunc",
@@ -202,9 +201,7 @@ class UvEnvironments:
             for step in steps:
                 done = self._run_uv(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
                 if done.exit_code != 0:
-                    raise _tool_error(
-                        done, ErrorCode.ENVIRONMENT_BUILD_FAILED, f"The environment {folder} cannot be built"
-                    )
+                    raise _tool_error(done, f"The environment {folder} cannot be built")
 
     def _warm_up(self, folder: Path, names: Sequence[str], report: Report, descriptor: int) -> None:
         """Import once what services import at their start; a module that fails is told, not fatal."""
@@ -275,9 +272,7 @@ class UvEnvironments:
         if done.exit_code != 0:
             if "No solution found" in done.errors:
                 raise UnsolvableError(done.errors)
-            raise _tool_error(
-                done, ErrorCode.DEPENDENCIES_UNRESOLVABLE, "The dependencies cannot be resolved"
-            )
+            raise _tool_error(done, "The dependencies cannot be resolved")
         return done.output.decode()
 
     def _choose_python(self, dependencies: Dependencies) -> tuple[Path, str, tuple[str, ...]]:
@@ -431,12 +426,10 @@ def _unresolvable(what: str, python: Path, exc: UnsolvableError) -> FlopsError:
     )
 
 
-def _tool_error(done: Completed, otherwise: ErrorCode, what: str) -> FlopsError:
-    code = otherwise
+def _tool_error(done: Completed, what: str) -> FlopsError:
+    code = ErrorCode.ENVIRONMENT_BUILD_FAILED
     if _FULL_DISK.search(done.errors):
         code = ErrorCode.DISK_FULL
     elif _NO_INDEX.search(done.errors):
         code = ErrorCode.UNREACHABLE
-    elif _NO_BUILD.search(done.errors):
-        code = ErrorCode.ENVIRONMENT_BUILD_FAILED
     return FlopsError(code, f"{what}: {essence(done.errors)}", details={"output": done.errors[-4_000:]})

@@ -23,14 +23,22 @@ PLATFORM_WHEELS: Mapping[str, tuple[str, ...]] = {
 
 
 def make_wheel(
-    folder: Path, name: str, version: str, *, requires: Iterable[str] = (), modules: Iterable[str] = ()
+    folder: Path,
+    name: str,
+    version: str,
+    *,
+    requires: Iterable[str] = (),
+    modules: Iterable[str] = (),
+    data_bytes: int = 0,
 ) -> Path:
-    """Write a pure wheel whose modules are empty packages; returns its path."""
+    """Write a pure wheel whose modules are empty packages, and one file of zeros; returns its path."""
     stem = f"{name.replace('-', '_')}-{version}"
     info = f"{stem}.dist-info"
     metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
     metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
     files = {f"{module.replace('.', '/')}/__init__.py": "" for module in modules}
+    if data_bytes:
+        files[f"{name}.data.bin"] = "0" * data_bytes
     files[f"{info}/METADATA"] = "\n".join(metadata) + "\n"
     files[f"{info}/WHEEL"] = (
         "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -41,6 +49,13 @@ def make_wheel(
         for inner, text in files.items():
             archive.writestr(zipfile.ZipInfo(inner), text)
     return path
+
+
+def use_only(wheels: Path, cache: Path) -> dict[str, str]:
+    """Environment variables that have uv take packages from a folder, and from nowhere else."""
+    configuration = cache.with_suffix(".toml")
+    configuration.write_text(f"no-index = true\nfind-links = [{str(wheels)!r}]\n")
+    return {"UV_CONFIG_FILE": str(configuration), "UV_CACHE_DIR": str(cache)}
 
 
 def make_platform_wheels(folder: Path, *, mlflow_version: str) -> None:

@@ -1,0 +1,308 @@
+"""Environments built by uv for real, against wheels made by hand: conflicts, kills, races and full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uv
+
+from flops.adapters.uv_environments import UvEnvironments
+from flops.core.resolution import locked_versions
+from flops.errors import ErrorCode, FlopsError
+from flops.settings import inherited_environment
+from flops.testing.contracts.ml_repos import REPOSITORY
+from flops.testing.wheels import make_platform_wheels, make_wheel, use_only
+
+MLFLOW = "3.17.2"
+
+
+class Site:
+    """A package index of hand-made wheels, a repository, and environments."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wheels = folder / "wheels"
+        self.wheels.mkdir()
+        make_platform_wheels(self.wheels, mlflow_version=MLFLOW)
+        self.root = folder / "environments"
+        self.environ = {**inherited_environment(), **use_only(self.wheels, folder / "cache")}
+
+    def environments(self, root: Path | None = None, **changes: str) -> UvEnvironments:
+        return UvEnvironments(
+            root or self.root,
+            uv=Path(uv.find_uv_bin()),
+            environ={**self.environ, **changes},
+            mlflow_version=MLFLOW,
+        )
+
+    def repository(self, requirements: str, **files: str) -> Path:
+        folder = self.folder / "repository"
+        folder.mkdir(exist_ok=True)
+        for name, text in {**REPOSITORY, "requirements.txt": requirements}.items():
+            (folder / name).write_text(text)
+        for stem, text in files.items():
+            (folder / f"{stem}.py").write_text(text)
+        return folder
+
+    def lock(self, requirements: str) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+        locks = self.environments().lock(self.repository(requirements), "sklearn", lambda _: None)
+        return locked_versions(locks[0]), locked_versions(locks[1]), locks[2].notes
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def ignore(_message: str) -> None:
+    pass
+
+
+def test_old_pins_stay_exactly_in_both_environments(site: Site) -> None:
+    for name, versions in {
+        "numpy": ["1.26.4"],
+        "scikit-learn": ["1.4.2", "1.9"],
+        "packaging": ["26.0"],
+    }.items():
+        for version in versions:
+            make_wheel(site.wheels, name, version)
+    project, model, notes = site.lock("numpy==1.26.4\nscikit-learn==1.4.2\npackaging==24.0\n")
+    for found in (project, model):
+        assert (found["numpy"], found["scikit-learn"], found["packaging"]) == ("1.26.4", "1.4.2", "24.0")
+    assert model["mlflow-skinny"] == MLFLOW
+    assert "mlflow-skinny" not in project
+    assert notes == ()
+
+
+def test_a_pin_that_mlflow_cannot_do_with_is_loosened_for_the_model_only(site: Site) -> None:
+    make_wheel(site.wheels, "packaging", "19.0")
+    project, model, notes = site.lock("packaging==19.0\n")
+    assert project["packaging"] == "19.0"
+    assert model["packaging"] == "24.0"
+    assert len(notes) == 2
+    assert "packaging==19.0 was loosened" in notes[0]
+    assert "mlflow-skinny" in notes[0]
+
+
+def test_a_transitive_pin_gives_way_silently_for_the_user(site: Site) -> None:
+    make_wheel(site.wheels, "tool", "1", requires=["protobuf"])
+    project, model, notes = site.lock("tool\n")
+    assert (project["protobuf"], model["protobuf"]) == ("8.0", "7.0")
+    assert notes == ("The environment that saves and serves the model has protobuf 7.0 instead of 8.0.",)
+
+
+def test_what_the_learner_cannot_do_with_is_loosened(site: Site) -> None:
+    make_wheel(site.wheels, "pyarrow", "12.0", modules=["pyarrow"])
+    project, _, notes = site.lock("pyarrow==12.0\n")
+    assert project["pyarrow"] == "16.0"
+    assert "pyarrow==12.0 was loosened" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("requirements", "expected"),
+    [
+        ("numpy==2.1.0\nnumpy<2\n", ["numpy==2.1.0", "numpy<2"]),
+        ("numpy==99.1\n", ["numpy==99.1"]),
+        ("no-such-package\nnumpy\n", ["no-such-package"]),
+        ("old\nnew\n", ["old", "new", "protobuf"]),
+    ],
+)
+def test_requirements_that_cannot_be_met_are_named(
+    site: Site, requirements: str, expected: list[str]
+) -> None:
+    make_wheel(site.wheels, "old", "1", requires=["protobuf<8"])
+    make_wheel(site.wheels, "new", "1", requires=["protobuf>=8"])
+    with pytest.raises(FlopsError) as caught:
+        site.lock(requirements)
+    assert caught.value.code is ErrorCode.DEPENDENCIES_UNRESOLVABLE
+    assert "requirements.txt" in caught.value.message
+    assert len(caught.value.message) < 1_000
+    for text in expected:
+        assert text in caught.value.message
+
+
+def test_a_hash_in_the_file_must_be_the_packages(site: Site) -> None:
+    with pytest.raises(FlopsError) as caught:
+        site.lock(f"numpy==2.1.0 --hash=sha256:{'0' * 64}\n")
+    assert caught.value.code is ErrorCode.DEPENDENCIES_UNRESOLVABLE
+    assert "numpy" in caught.value.message
+
+
+def test_an_index_that_cannot_be_reached_is_not_the_users_fault(site: Site) -> None:
+    configuration = site.folder / "other.toml"
+    configuration.write_text('index-url = "http://127.0.0.1:1/simple"\n')
+    environments = site.environments(UV_CONFIG_FILE=str(configuration), UV_HTTP_RETRIES="0")
+    with pytest.raises(FlopsError) as caught:
+        environments.lock(site.repository("numpy\nscipy\n"), "sklearn", ignore)
+    assert caught.value.code is ErrorCode.UNREACHABLE
+
+
+def test_a_lock_names_no_index(site: Site) -> None:
+    environments = site.environments(UV_EMIT_INDEX_URL="1")
+    lock, model_lock, _ = environments.lock(site.repository("numpy\n"), "sklearn", ignore)
+    for text in (lock, model_lock):
+        assert "://" not in text
+        assert str(site.wheels) not in text
+
+
+def test_a_python_that_is_not_there_is_told(site: Site) -> None:
+    folder = site.repository("numpy\n")
+    (folder / "conda.yml").write_text("dependencies: [python=3.9, numpy]\n")
+    _, _, environment = site.environments().lock(folder, "sklearn", ignore)
+    assert environment.python == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert "3.9" in environment.notes[0]
+
+
+def test_the_modules_of_the_repository_are_compiled_when_it_is_built(site: Site) -> None:
+    make_wheel(site.wheels, "scikit-learn", "1.4.2", modules=["sklearn", "sklearn.linear_model"])
+    folder = site.repository(
+        "scikit-learn\n", model_manager="import sklearn.linear_model, absent\nclass ModelManager: pass\n"
+    )
+    environments = site.environments(PYTHONDONTWRITEBYTECODE="1")
+    lock, _, _ = environments.lock(folder, "sklearn", ignore)
+    told: list[str] = []
+    python = environments.materialise(lock, told.append)
+    packages = next((python.parent.parent / "lib").glob("python*/site-packages"))
+    assert list((packages / "sklearn" / "linear_model" / "__pycache__").glob("*.pyc"))
+    assert any("absent" in message for message in told)
+
+
+def test_an_environment_in_which_the_learner_cannot_run_is_refused(site: Site) -> None:
+    make_wheel(site.wheels, "pyarrow", "17.0", modules=["pyarrow"])  # no pyarrow.flight
+    environments = site.environments()
+    lock, _, _ = environments.lock(site.repository("numpy\n"), "sklearn", ignore)
+    with pytest.raises(FlopsError) as caught:
+        environments.materialise(lock, ignore)
+    assert caught.value.code is ErrorCode.ENVIRONMENT_BUILD_FAILED
+    assert "pyarrow.flight" in caught.value.message
+    assert not list(site.root.glob("[0-9a-f]*/bin"))
+
+
+def test_another_wheel_than_the_locked_one_is_refused(site: Site) -> None:
+    environments = site.environments()
+    lock, _, _ = environments.lock(site.repository("numpy\n"), "sklearn", ignore)
+    make_wheel(site.wheels, "numpy", "2.1.0", modules=["numpy", "evil"])
+    with pytest.raises(FlopsError) as caught:
+        site.environments(UV_CACHE_DIR=str(site.folder / "other")).materialise(lock, ignore)
+    assert caught.value.code is ErrorCode.ENVIRONMENT_BUILD_FAILED
+    assert "numpy" in caught.value.message
+
+
+def test_a_python_that_is_not_on_the_node_is_named(site: Site) -> None:
+    with pytest.raises(FlopsError) as caught:
+        site.environments().materialise("# python 3.99\nnumpy==2.1.0\n", ignore)
+    assert caught.value.code is ErrorCode.ENVIRONMENT_BUILD_FAILED
+    assert "3.99" in caught.value.message
+
+
+def test_two_builders_at_once_build_once(site: Site) -> None:
+    lock, _, _ = site.environments().lock(site.repository("numpy\n"), "sklearn", ignore)
+    told: list[str] = []
+    found: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(site.environments().materialise(lock, told.append)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    assert sum(message.startswith("Building an environment") for message in told) == 1
+
+
+BUILD = """
+import json, sys
+from pathlib import Path
+from flops.adapters.uv_environments import UvEnvironments
+given = json.loads(sys.argv[1])
+root, uv, environ = Path(given["root"]), Path(given["uv"]), given["environ"]
+UvEnvironments(root, uv=uv, environ=environ, mlflow_version="1").materialise(given["lock"], print)
+"""
+
+
+def _exists(root: Path, pattern: str) -> bool:
+    try:
+        return any(root.glob(f"*/{pattern}"))
+    except FileNotFoundError:  # a folder went while it was looked through
+        return False
+
+
+def test_a_build_that_was_killed_is_begun_anew(site: Site) -> None:
+    for number in range(30):
+        make_wheel(site.wheels, f"part{number}", "1", modules=[f"part{number}.a{i}" for i in range(20)])
+    names = "".join(f"part{number}\n" for number in range(30))
+    lock, _, _ = site.environments().lock(site.repository(names), "sklearn", ignore)
+    given = {"root": str(site.root), "uv": uv.find_uv_bin(), "environ": site.environ, "lock": lock}
+    for moment in ("bin/python", "lib/python*/site-packages/part*"):
+        with subprocess.Popen(
+            [sys.executable, "-c", BUILD, json.dumps(given)],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as builder:
+            deadline = time.monotonic() + 20
+            while builder.poll() is None and not _exists(site.root, moment):
+                assert time.monotonic() < deadline
+            os.kill(builder.pid, signal.SIGKILL)
+    python = site.environments().materialise(lock, ignore)
+    done = subprocess.run([python, "-I", "-c", "import numpy, part0.a0, part29.a19"], check=False)
+    assert done.returncode == 0
+    assert sorted(path.name[64:] for path in site.root.iterdir() if not path.name.startswith(".")) == [
+        "",
+        ".lock",
+    ]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.parametrize("size", ["64k", "1m"])
+def test_a_full_disk_is_told_and_leaves_nothing(site: Site, size: str) -> None:
+    make_wheel(site.wheels, "big", "1", data_bytes=3_000_000)
+    lock, _, _ = site.environments().lock(site.repository("big\n"), "sklearn", ignore)
+    with small_disk(site.folder / "disk", size):
+        root = site.folder / "disk" / "environments"
+        with pytest.raises(FlopsError) as caught:
+            site.environments(root).materialise(lock, ignore)
+        assert caught.value.code is ErrorCode.DISK_FULL
+        assert not list(root.glob("[0-9a-f]*/bin"))
+
+
+def test_a_use_is_marked(site: Site) -> None:
+    environments = site.environments()
+    lock, _, _ = environments.lock(site.repository("numpy\n"), "sklearn", ignore)
+    folder = environments.materialise(lock, ignore).parent.parent
+    os.utime(folder / ".complete", (0, 0))
+    started = time.monotonic()
+    environments.materialise(lock, ignore)
+    assert time.monotonic() - started < 0.05
+    assert (folder / ".complete").stat().st_mtime > 0
+
+
+def test_an_environment_whose_python_is_gone_is_built_anew(site: Site) -> None:
+    environments = site.environments()
+    lock, _, _ = environments.lock(site.repository("numpy\n"), "sklearn", ignore)
+    python = environments.materialise(lock, ignore)
+    python.unlink()
+    python.symlink_to("/nowhere/python")
+    assert environments.materialise(lock, ignore).exists()
