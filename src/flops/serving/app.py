@@ -96,8 +96,9 @@ class Model:
         quick = self._answer_rows(body) if content_type.lower() in _JSON_TYPES else None
         if quick is not None:
             return quick
-        if self._width is not None and content_type.startswith("text/csv"):
-            body, content_type = self._json_of_csv(body), "application/json"
+        media_type, _, options = content_type.partition(";")
+        if self._width is not None and media_type.strip() == "text/csv":
+            body, content_type = self._json_of_csv(body), f"application/json;{options}".rstrip(";")
         try:
             result = scoring_server.invocations(body, content_type, self.pyfunc, self._schema)
         except MlflowException as exc:
