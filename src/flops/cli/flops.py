@@ -162,6 +162,7 @@ def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) 
     print_data(answer, output_format, show)
 
 
+@app.command("redb", hidden=True)
 @app.command("reset-database")
 def reset_database(
     force: Annotated[bool, typer.Option("--force", help="Stop projects that still run.")] = False,
