@@ -226,3 +226,27 @@ def test_a_server_that_is_away_is_unreachable() -> None:
     assert caught.value.code is ErrorCode.UNREACHABLE
     assert "http://127.0.0.1:1" in caught.value.message
     tracker.close()
+
+
+def test_a_model_whose_recording_was_cut_off_is_completed(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId, tmp_path: Path
+) -> None:
+    (tmp_path / "MLmodel").write_text("flavors: {}\n")
+    tracker = make_tracker()
+    experiment_id, run_id = tracker.open_run(project_id, PARAMS, TAGS)
+    tracker.log_round(run_id, round_of(1))
+    begun = httpx.post(
+        f"{server.url}/api/2.0/mlflow/logged-models",
+        json={
+            "experiment_id": experiment_id,
+            "name": "m",
+            "source_run_id": run_id,
+            "tags": [{"key": "flops.round", "value": "1"}],
+        },
+    ).json()["model"]["info"]
+    assert begun["status"] == "LOGGED_MODEL_PENDING"
+    model = tracker.log_model(run_id, tmp_path, round_of(1), "m")
+    assert model.model_uri == f"models:/{begun['model_id']}"
+    assert read_run(server.url, run_id).models == [(1, 0.51, 1.0)]
+    found = httpx.get(f"{server.url}/api/2.0/mlflow/logged-models/{begun['model_id']}").json()["model"]
+    assert found["info"]["status"] == "LOGGED_MODEL_READY"
