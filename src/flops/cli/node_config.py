@@ -208,10 +208,9 @@ def _show_addons(paths: NodePaths) -> None:
 
 def pending_changes(paths: NodePaths, conf: NodeConfiguration) -> list[str]:
     """How the running daemon differs from the configuration, one sentence each."""
-    from flops.node.home import running_pid
-    from flops.node.report import read_report
+    from flops.cli.node_process import running_report
 
-    report = read_report(paths.status) if running_pid(paths.pid) is not None else None
+    report = running_report(paths)
     if report is None:
         return []
     running, configured = set(report.active_addons), set(conf.active_addons)

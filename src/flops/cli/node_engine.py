@@ -143,14 +143,14 @@ def _stay(context: typer.Context) -> None:
 def status(context: typer.Context, output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Show whether the NodeEngine runs and is connected, its addons, services and data."""
     from flops.cli.node_config import pending_changes
+    from flops.cli.node_process import running_report
     from flops.cli.node_status import show_status, status_data
     from flops.node.home import running_pid
-    from flops.node.report import read_report
 
     paths = paths_of(context)
     conf = load_configuration(paths)
     pid = running_pid(paths.pid)
-    report = read_report(paths.status) if pid is not None else None
+    report = running_report(paths)
     data = {**status_data(paths, conf, report), "is_running": pid is not None}
     print_data(data, output_format, lambda: show_status(paths, conf, report, pid))
     for sentence in pending_changes(paths, conf):

@@ -40,7 +40,8 @@ def start_daemon(paths: NodePaths, home: Path | None) -> None:
     Raises:
         FlopsError: ``already_running``; why the daemon could not start.
     """
-    paths.startup_error.unlink(missing_ok=True)
+    for stale in (paths.startup_error, paths.status):  # of an earlier daemon that was killed
+        stale.unlink(missing_ok=True)
     if is_run_by_systemd(paths):
         _systemctl("start")
         _wait_for_start(paths, lambda: None)
@@ -58,10 +59,9 @@ def start_daemon(paths: NodePaths, home: Path | None) -> None:
 
 def _wait_for_start(paths: NodePaths, ended: Callable[[], int | None]) -> None:
     from flops.node.home import already_running
-    from flops.node.report import read_report
 
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while read_report(paths.status) is None:
+    while running_report(paths) is None:
         with contextlib.suppress(OSError, ValueError):
             raise FlopsError.from_dict(json.loads(paths.startup_error.read_text()))
         code = ended()
@@ -77,13 +77,20 @@ def _wait_for_start(paths: NodePaths, ended: Callable[[], int | None]) -> None:
         time.sleep(_POLL_S)
 
 
-def wait_for_join(paths: NodePaths) -> NodeReport | None:
-    """The daemon's report when it has joined its cluster, or when that takes long."""
+def running_report(paths: NodePaths) -> NodeReport | None:
+    """What the running daemon tells about itself; None when none runs or it has told nothing yet."""
+    from flops.node.home import running_pid
     from flops.node.report import read_report
 
+    report = read_report(paths.status)
+    return report if report is not None and report.pid == running_pid(paths.pid) else None
+
+
+def wait_for_join(paths: NodePaths) -> NodeReport | None:
+    """The daemon's report when it has joined its cluster, or when that takes long."""
     deadline_s = time.monotonic() + JOIN_TIMEOUT_S
     while True:
-        report = read_report(paths.status)
+        report = running_report(paths)
         is_decided = report is not None and report.is_connected
         if is_decided or time.monotonic() > deadline_s:
             return report

@@ -91,9 +91,10 @@ def _show_services(report: NodeReport) -> None:
         status = line.status
         use = ""
         if status.usage.processes:
+            count = status.usage.processes
             use = (
                 f", {status.usage.memory_mb:.0f} MB, {status.usage.cpu_percent:.0f} % CPU,"
-                f" {status.usage.processes} processes"
+                f" {count} {'process' if count == 1 else 'processes'}"
             )
         detail = f" ({status.detail})" if status.detail else ""
         print_line(f"     - {status.service_id}: {status.state.value}{use}{detail}")

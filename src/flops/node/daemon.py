@@ -94,13 +94,16 @@ class NodeDaemon:
         self._facts.report_file.unlink(missing_ok=True)
 
     def _report_until_stop(self) -> None:
-        told: LinkState | None = None
+        told: object = None
         pause_s = 0.0
         while not self._is_stopping.wait(_REPORT_CHECK_S):
             pause_s += _REPORT_CHECK_S
-            if self._agent.link != told or pause_s >= HEARTBEAT_INTERVAL_S:
-                told, pause_s = self._agent.link, 0.0
-                self._write_report(told)
+            link = self._agent.link
+            states = {i: status.state for i, status in self._supervisor.statuses().items()}
+            news = (link, self._addons.states(), states)
+            if news != told or pause_s >= HEARTBEAT_INTERVAL_S:
+                told, pause_s = news, 0.0
+                self._write_report(link)
 
     def _write_report(self, link: LinkState) -> None:
         try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
+
+_LOCK = "hhqqi4x"
 
 
 @contextlib.contextmanager
@@ -27,8 +30,8 @@ def only_daemon(pid_file: Path) -> Iterator[None]:
         raise file_error(exc, pid_file) from exc
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK))
+        except (BlockingIOError, PermissionError) as exc:
             raise already_running(pid_file) from exc
         try:
             os.ftruncate(descriptor, 0)
@@ -47,13 +50,20 @@ def running_pid(pid_file: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Asks without locking, so that a look at the node is never in the way of a daemon that starts.
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK))
+        if struct.unpack(_LOCK, answer)[0] == fcntl.F_UNLCK:
+            return None
         with contextlib.suppress(ValueError):
             return int(os.pread(descriptor, 32, 0))
     finally:
         os.close(descriptor)
     return None
+
+
+def _lock(kind: int) -> bytes:
+    """A ``struct flock`` for the whole file, as fcntl(2) describes it."""
+    return struct.pack(_LOCK, kind, os.SEEK_SET, 0, 0, 0)
 
 
 def already_running(pid_file: Path) -> FlopsError:
