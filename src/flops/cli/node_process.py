@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNIT = "nodeengine.service"
 UNIT_FILE = Path("/etc/systemd/system") / UNIT
 START_TIMEOUT_S = 30.0
-JOIN_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 3.0
 STOP_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 5.0
 _LOG_BYTES = 8 * 1024**2
