@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -169,11 +170,17 @@ def _place(change: Change, event: PlacementDecided) -> None:
     else:
         change.enter(Stage.PLACING, doing)
     change.note(
-        f"Placed: the aggregator on {where}, learners on {', '.join(learners)}.",
+        f"Placed: the aggregator on {where}, learners on {_counted(learners)}.",
         aggregator=where,
         learners=learners,
     )
     change.request(EffectKind.START_AGGREGATOR)
+
+
+def _counted(names: list[str]) -> str:
+    """Each name once, with its count when it stands more than once."""
+    counts = Counter(names)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
 
 
 # Ends

@@ -68,7 +68,7 @@ def told(change: Change, event: ServiceTold) -> None:
         fail(change, failure)
         return
     change.note(
-        f"The {kind} on {event.node} reports a failure: {failure.message}",
+        f"The {_name(event.service_id)} on {event.node} reports a failure: {failure.message}",
         service=event.service_id,
         node=event.node,
         failure=failure.model_dump(mode="json"),
@@ -106,13 +106,14 @@ def _lost(change: Change, event: ServiceChanged) -> None:
     change.set(lost_services=(*lost, event.service_id))
     kind = _kind(event.service_id)
     change.note(
-        f"The {kind} on {event.node} is lost: the node is gone. It goes on when the node is back.",
+        f"The {_name(event.service_id)} on {event.node} is lost: the node is gone. "
+        "It goes on when the node is back.",
         kind="service_lost",
         service=event.service_id,
         node=event.node,
     )
     if kind == _DECISIVE.get(change.project.stage):
-        change.set(doing=f"Waits for {event.node}, which has the {kind} and is gone.")
+        change.set(doing=f"Waits for {event.node}, which has the {_name(event.service_id)} and is gone.")
     end_if_nothing_runs(change)
 
 
@@ -125,20 +126,19 @@ def _returned(change: Change, event: ServiceChanged) -> None:
     if event.state.is_final:
         return
     change.note(
-        f"{event.node} is back; its {kind} is {event.state.value}.",
+        f"{event.node} is back; its {_name(event.service_id)} is {event.state.value}.",
         kind="service_returned",
         service=event.service_id,
         node=event.node,
     )
     if kind == _DECISIVE.get(change.project.stage):
-        change.set(doing=f"{event.node} is back; its {kind} is {event.state.value}.")
+        change.set(doing=f"{event.node} is back; its {_name(event.service_id)} is {event.state.value}.")
 
 
 def _restarting(change: Change, event: ServiceChanged) -> None:
-    kind = _kind(event.service_id)
+    what = f"The {_name(event.service_id)} on {event.node}"
     change.note(
-        f"The {kind} on {event.node} ended unexpectedly{_exit(event)} and is started again. "
-        f"{event.detail}".strip(),
+        f"{what} ended unexpectedly{_exit(event)} and is started again. {event.detail}".strip(),
         kind="service_restarting",
         service=event.service_id,
         node=event.node,
@@ -156,7 +156,7 @@ def _failed(change: Change, event: ServiceChanged) -> None:
         fail(change, failure)
         return
     change.note(
-        f"The {kind} on {event.node} failed for good: {failure.message}",
+        f"The {_name(event.service_id)} on {event.node} failed for good: {failure.message}",
         kind="service_failed",
         service=event.service_id,
         node=event.node,
@@ -193,7 +193,7 @@ def _show(change: Change, service: ServiceId, node: str, message: str) -> None:
     if not message or change.project.stage.is_final or change.project.stage is Stage.STOPPING:
         return
     kind = _kind(service)
-    line = f"The {kind} on {node}: {message}"
+    line = f"The {_name(service)} on {node}: {message}"
     if line == change.project.doing:
         return
     if kind == _DECISIVE.get(change.project.stage):
@@ -211,7 +211,7 @@ def _located(failure: Failure, service: ServiceId, node: str) -> Failure:
 
 
 def _unexplained(event: ServiceChanged) -> Failure:
-    message = f"The {_kind(event.service_id)} on {event.node} ended unexpectedly{_exit(event)}."
+    message = f"The {_name(event.service_id)} on {event.node} ended unexpectedly{_exit(event)}."
     return Failure(
         code=ErrorCode.SERVICE_FAILED.value,
         message=f"{message} {event.detail}".strip(),
@@ -225,3 +225,9 @@ def _exit(event: ServiceChanged) -> str:
 
 def _kind(service: ServiceId) -> str:
     return service.split("-", 1)[0]
+
+
+def _name(service: ServiceId) -> str:
+    """What people call the service."""
+    kind = _kind(service)
+    return "inference service" if kind == ServiceKind.INFERENCE.value else kind

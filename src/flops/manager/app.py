@@ -22,6 +22,7 @@ from flops.manager.routes import build_routes
 from flops.ports import BlobStreams
 from flops.wire.rest import ControlStatus, ErrorBody, Message
 
+_HINT = "/docs lists every endpoint with its parameters."
 _SCHEMA_REF = "#/components/schemas/{model}"
 
 
@@ -81,9 +82,10 @@ def _answer_http_error(request: Request, exc: Exception) -> Response:
         error = FlopsError(ErrorCode.NOT_FOUND, f"There is no {what}.")
     elif exc.status_code == 405:
         headers["Allow"] = ", ".join(_methods_of(request))
-        error = FlopsError(ErrorCode.USAGE, f"There is no {what}; this address takes {headers['Allow']}.")
+        message = f"There is no {what}; this address takes {headers['Allow']}."
+        error = FlopsError(ErrorCode.USAGE, message, hint=_HINT)
     else:
-        error = FlopsError(ErrorCode.USAGE, f"{what} was refused: {exc.detail}.")
+        error = FlopsError(ErrorCode.USAGE, f"{what} was refused: {exc.detail}.", hint=_HINT)
     return error_response(error, request.state.request_id, status=exc.status_code, headers=headers)
 
 
@@ -107,7 +109,7 @@ def _answer_invalid_request(request: Request, exc: Exception) -> Response:
     error = FlopsError(
         ErrorCode.USAGE,
         f"{request.method} {request.url.path} was called wrongly: {sentence}.",
-        hint="/docs lists every endpoint with its parameters.",
+        hint=_HINT,
         details={"problems": problems},
     )
     return error_response(error, request.state.request_id)

@@ -16,6 +16,7 @@ from flops.ports import BlobStreams
 
 MAX_JSON_BYTES = 1_048_576
 MAX_BLOB_BYTES = 4 * 1024**3
+_HINT = "Send the file's bytes as the body, as they are."
 
 
 async def read_json_object(request: Request) -> dict[str, Any]:
@@ -53,11 +54,15 @@ async def receive_blob(request: Request, blobs: BlobStreams) -> Digest:
         async for chunk in request.stream():
             size += len(chunk)
             if size > MAX_BLOB_BYTES:
-                raise FlopsError(ErrorCode.USAGE, f"The blob is larger than {MAX_BLOB_BYTES} bytes.", hint="")
+                raise FlopsError(
+                    ErrorCode.USAGE, f"The blob is larger than {MAX_BLOB_BYTES} bytes.", hint=_HINT
+                )
             digest.update(chunk)
             await run_in_threadpool(upload.write, chunk)
         if size == 0:
-            raise FlopsError(ErrorCode.USAGE, "The request has no body, a blob has at least one byte.")
+            raise FlopsError(
+                ErrorCode.USAGE, "The request has no body, a blob has at least one byte.", hint=_HINT
+            )
         name = Digest(digest.hexdigest())
         await run_in_threadpool(upload.commit, name)
         return name

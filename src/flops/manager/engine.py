@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable
 
-from flops.core.cluster import ClusterEvent, Node, Service
+from flops.core.cluster import AddonState, ClusterEvent, Node, Service
 from flops.core.effects import Effect, EffectKind
 from flops.core.events import (
     Aborted,
@@ -271,12 +271,18 @@ class Engine:
         if effect.kind in _NEVER_GIVEN_UP:
             return True
         if exc.code is ErrorCode.PLACEMENT_IMPOSSIBLE:
-            # Nodes reconnect within seconds after the control plane's restart, or a break of the network.
+            # Nodes reconnect within seconds after the control plane's restart or a break of the network, and
+            # their addons start within seconds.
             is_first_look = effect.kind is EffectKind.DECIDE_PLACEMENT and effect.key not in self._recovered
-            if is_first_look and self._store.get(effect.project_id).stage is Stage.RESOLVING:
+            is_resolving = self._store.get(effect.project_id).stage is Stage.RESOLVING
+            if is_first_look and is_resolving and not self._is_a_node_starting():
                 return False
             return waited_s < self._options.reconnect_grace_s
         return exc.code in _TRANSIENT and waited_s < self._options.retry_for_s
+
+    def _is_a_node_starting(self) -> bool:
+        nodes = self._orchestrator.nodes()
+        return any(a.state is AddonState.STARTING for n in nodes if n.is_connected for a in n.addons)
 
     def _apply_safely(
         self, project_id: ProjectId, event: LifecycleEvent, *, cursor: int | None = None

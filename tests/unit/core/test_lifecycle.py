@@ -196,6 +196,15 @@ def test_placement_is_decided_anew_after_the_build() -> None:
     assert placed.project.placement == other
 
 
+def test_learners_on_one_node_are_counted() -> None:
+    other = Placement(aggregator=NodeId("n1"), learners=(NodeId("n1"), NodeId("n2"), NodeId("n1")))
+    placed = at(Stage.BUILDING).happen(
+        life.EnvironmentLocked(environment=ENVIRONMENT),
+        life.PlacementDecided(placement=other, nodes={"n1": "alpha", "n2": "beta"}),
+    )
+    assert placed.lines[-1] == "Placed: the aggregator on alpha, learners on alpha (2), beta."
+
+
 def test_rounds_are_recorded_once_and_in_order() -> None:
     training = at(Stage.TRAINING).happen(
         life.RoundStarted(round=1, rounds=3, learners=("a", "b")),

@@ -11,7 +11,7 @@ import pytest
 
 from flops.adapters.memory_store import MemoryProjectStore
 from flops.adapters.sql_store import SqlProjectStore
-from flops.core.cluster import ServiceKind, ServiceState
+from flops.core.cluster import AddonState, ServiceKind, ServiceState
 from flops.core.effects import Effect
 from flops.core.ids import NodeId, ProjectId, ServiceId
 from flops.core.project import Project, ProjectEvent, Round, Stage, TrainedModel
@@ -221,6 +221,17 @@ def test_placement_waits_for_nodes_that_are_only_about_to_reconnect() -> None:
         cluster.wait(project.id, lambda p: p.stage is Stage.PLACING)
         cluster.join_two()
         cluster.wait_for_service(f"aggregator-{project.id}")
+
+
+def test_placement_waits_for_addons_that_are_starting() -> None:
+    with played_cluster() as cluster:
+        for node in cluster.orchestrator.nodes():
+            starting = tuple(a.model_copy(update={"state": AddonState.STARTING}) for a in node.addons)
+            cluster.orchestrator.join(node.model_copy(update={"addons": starting}))
+        project = cluster.engine.submit(sla_with())
+        cluster.wait(project.id, lambda p: p.repository is not None)
+        cluster.join_two()
+        cluster.wait_for_service(f"builder-{project.id}")
 
 
 def test_placement_gives_up_on_nodes_that_do_not_come_back() -> None:
