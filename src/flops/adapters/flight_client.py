@@ -29,7 +29,7 @@ from flops.wire.flight import (
 
 ANSWER_TIMEOUT_S = 10.0  # for calls that carry no rows
 SCAN_TIMEOUT_S = 600.0  # for statistics over all rows of a tag
-_BATCH_BYTES = 16 * 1_048_576
+_BATCH_BYTES = 4 * 1_048_576
 _FOREIGN_CODES: dict[type[Exception], ErrorCode] = {
     flight.FlightUnavailableError: ErrorCode.UNREACHABLE,
     flight.FlightTimedOutError: ErrorCode.TIMEOUT,

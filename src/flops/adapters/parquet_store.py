@@ -27,7 +27,6 @@ from flops.errors import ErrorCode, FlopsError
 ROW_GROUP_BYTES = 16 * 1_048_576  # of values in memory: what an upload and a reader hold at once
 ROW_GROUP_ROWS = 1_048_576
 BATCH_BYTES = 4 * 1_048_576
-BATCH_ROWS = 65_536
 _LIMITS_FILE = "limits.json"
 _REASON_SUFFIX = ".reason"
 _NAME = re.compile(
@@ -95,9 +94,10 @@ class ParquetStore:
         try:
             with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
                 rows = 0
-                for batch in file.iter_batches(batch_size=_rows_per_batch(file.metadata), use_threads=False):
-                    rows += batch.num_rows
-                    yield batch
+                for index in range(file.num_row_groups):
+                    for batch in file.iter_batches(ROW_GROUP_ROWS, row_groups=[index], use_threads=False):
+                        rows += batch.num_rows
+                        yield from _cut(batch, BATCH_BYTES)
                 if rows != fragment.rows:
                     raise ValueError(f"it has {rows} rows instead of {fragment.rows}")  # noqa: TRY301
         except FileNotFoundError as exc:
@@ -197,9 +197,7 @@ class ParquetUpload:
         Raises:
             FlopsError: ``disk_full``.
         """
-        step = max(1, min(ROW_GROUP_ROWS, batch.num_rows * ROW_GROUP_BYTES // max(1, batch.nbytes)))
-        for start in range(0, batch.num_rows, step):
-            piece = batch.slice(start, step)
+        for piece in _cut(batch, ROW_GROUP_BYTES):
             self._pending.append(piece)
             self._pending_rows += piece.num_rows
             self._pending_bytes += piece.nbytes
@@ -285,9 +283,11 @@ def _fragment_at(path: Path) -> Fragment:
     )
 
 
-def _rows_per_batch(metadata: Any) -> int:
-    size_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return int(max(1, min(BATCH_ROWS, metadata.num_rows * BATCH_BYTES // max(1, size_bytes))))
+def _cut(batch: Any, size_bytes: int) -> Iterator[Any]:
+    """The batch in pieces of about this many bytes of values, without copying them."""
+    step = max(1, min(ROW_GROUP_ROWS, batch.num_rows * size_bytes // max(1, batch.nbytes)))
+    for start in range(0, batch.num_rows, step):
+        yield batch.slice(start, step)
 
 
 def _lock(folder: Path) -> int:

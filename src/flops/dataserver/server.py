@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import signal
@@ -42,6 +43,7 @@ from flops.wire.flight import (
 
 STOP_GRACE_S = 5.0  # how long calls in progress may take when the server is asked to end
 _AUTHENTICATION = "authentication"
+_M_ARENA_MAX = -8  # malloc.h
 _log = logging.getLogger(__name__)
 _TITLES = {
     Action.STATUS: "Tags with rows, bytes, columns and last write.",
@@ -223,6 +225,7 @@ def serve(catalogue: Catalogue, folder: Path, host: str, port: int) -> None:
     Raises:
         FlopsError: ``port_occupied``, ``config_invalid``, ``config_corrupt``.
     """
+    _share_memory_between_threads()
     is_asked_to_end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: is_asked_to_end.set())
@@ -235,6 +238,12 @@ def serve(catalogue: Catalogue, folder: Path, host: str, port: int) -> None:
     ending = threading.Thread(target=server.shutdown, daemon=True)
     ending.start()
     ending.join(STOP_GRACE_S)
+
+
+def _share_memory_between_threads() -> None:
+    """Have glibc use few arenas: each of gRPC's threads would keep its own, and double the memory held."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 class _Authentication(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow has no types
