@@ -32,12 +32,13 @@ app.add_typer(mock_data, name="m", hidden=True)
 app.add_typer(node, name="node")
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")
-app.command("tracking")(tracking)
-app.command("t", hidden=True)(tracking)
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of all state [FLOPS_HOME].")]
 _ADDRESSES = ("manager_url", "cluster_address", "tracking_url")
-Port = Annotated[int | None, typer.Option(min=0, max=65_535)]
+
+
+def _port(what: str, default: int) -> Any:
+    return typer.Option(min=0, max=65_535, help=f"Port of {what} [{default}]; 0 takes a free one.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +69,9 @@ def root(
 @app.command()
 def up(
     home: Home = None,
-    manager_port: Port = None,
-    cluster_port: Port = None,
-    tracking_port: Port = None,
+    manager_port: Annotated[int | None, _port("the REST API", 5072)] = None,
+    cluster_port: Annotated[int | None, _port("the cluster, which NodeEngines dial", 10_100)] = None,
+    tracking_port: Annotated[int | None, _port("the MLflow server", 7027)] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; Ctrl+C stops it.")] = False,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
@@ -160,6 +161,10 @@ def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) 
         )
 
     print_data(answer, output_format, show)
+
+
+app.command("tracking")(tracking)
+app.command("t", hidden=True)(tracking)
 
 
 @app.command("redb", hidden=True)

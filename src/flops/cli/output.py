@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -202,16 +203,15 @@ def _split_details(details: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], l
 
 def _requested_format(argv: Sequence[str]) -> OutputFormat:
     """The format asked for, known also when the command line cannot be parsed."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if argument == "--format=json" or (argument == "--format" and following == "json"):
-            return OutputFormat.JSON
-    return OutputFormat.TABLE
+    is_json = "--format=json" in argv or ("--format", "json") in pairwise(argv)
+    return OutputFormat.JSON if is_json else OutputFormat.TABLE
 
 
 def _report_usage(exc: click.ClickException, output_format: OutputFormat) -> int:
     context = getattr(exc, "ctx", None)
     if isinstance(exc, click.exceptions.NoArgsIsHelpError):
-        say(exc.format_message())
+        if text := exc.format_message():  # empty when Rich has printed the help already
+            say(text)
         return exc.exit_code
     hint = f"See `{context.command_path} --help`." if context is not None else None
     error = FlopsError(ErrorCode.USAGE, exc.format_message(), hint=hint)
