@@ -291,7 +291,7 @@ class MLRepos(Protocol):
 
         Raises:
             FlopsError: ``repo_unreachable``, ``repo_ref_not_found``, ``repo_contract_broken``,
-                ``dependencies_invalid``.
+                ``dependencies_invalid``, ``disk_full``.
         """
         ...
 
@@ -307,14 +307,15 @@ class Environments(Protocol):
             flavor: the MLflow flavor whose libraries are needed to save the model.
             report: is told each step, in one sentence.
 
-        Raises: FlopsError: ``dependencies_invalid``, ``dependencies_unresolvable``.
+        Raises: FlopsError: ``repo_contract_broken``, ``dependencies_invalid``, ``dependencies_unresolvable``,
+            ``environment_build_failed``, ``unreachable``, ``timeout``, ``disk_full``.
         """
         ...
 
     def materialise(self, lock: str, report: Callable[[str], None]) -> Path:
         """Build the environment of a lock unless it exists; returns its Python interpreter.
 
-        Raises: FlopsError: ``environment_build_failed``, ``disk_full``.
+        Raises: FlopsError: ``environment_build_failed``, ``unreachable``, ``timeout``, ``disk_full``.
         """
         ...
 
