@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -101,11 +103,21 @@ def run_in_foreground(
     """
     _prepare(settings)
     process = subprocess.Popen(_command(options), stdin=subprocess.DEVNULL, env=inherited_environment())
-    signal.signal(signal.SIGTERM, lambda _number, _frame: process.terminate())
+    told = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        told.set()
+        process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     try:
         on_ready(_wait_until_ready(settings, process))
         exit_code = process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the child as well
+        exit_code = process.wait()
+    except FlopsError:
+        if not told.is_set():
+            raise
         exit_code = process.wait()
     if exit_code != 0:
         raise FlopsError(ErrorCode.INTERNAL, f"The control plane ended with exit code {exit_code}.")
@@ -216,7 +228,7 @@ def _port_hint(settings: ControlSettings, message: str) -> str:
         "--tracking-port": settings.tracking_port,
     }
     numbers = {int(number) for number in re.findall(r"\d+", message)}
-    options = [option for option, port in ports.items() if port in numbers] or list(ports)
+    options = [option for option, port in ports.items() if port and port in numbers] or list(ports)
     return f"Stop the program that holds the port, or choose another one with {' or '.join(options)}."
 
 

@@ -1,0 +1,146 @@
+"""`flops up`, `status` and `down` with the real control plane."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flops.cli.control import read_endpoint
+from flops.errors import CATALOGUE, ErrorCode
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+FLOPS = Path(sys.executable).parent / "flops"
+FREE_PORTS = ("--manager-port=0", "--cluster-port=0", "--tracking-port=0")
+
+
+def exit_code(code: ErrorCode) -> int:
+    return CATALOGUE[code].exit_code
+
+
+class Home:
+    """A home of its own, and the commands that use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.control = folder / "control"
+        self.environ = {**os.environ, "FLOPS_HOME": str(folder), "HOME": str(folder)}
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [FLOPS, *arguments], env=self.environ, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def endpoint(self) -> Mapping[str, object]:
+        endpoint = read_endpoint(self.control)
+        assert endpoint is not None
+        return endpoint
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    home = Home(tmp_path / "home")
+    yield home
+    home.run("down")
+
+
+def test_up_status_and_down(home: Home) -> None:
+    up = home.run("up", *FREE_PORTS, "--format", "json")
+    assert up.returncode == 0, up.stderr
+    endpoint = json.loads(up.stdout)["data"]
+    token_file = Path(endpoint["token_file"])
+    assert token_file.stat().st_mode & 0o077 == 0
+    assert token_file.read_text().strip() not in up.stdout + up.stderr
+    family = [endpoint["pid"], *(p.pid for p in psutil.Process(endpoint["pid"]).children(recursive=True))]
+
+    status = home.run("status")
+    for key in ("manager_url", "cluster_address", "tracking_url"):
+        assert str(endpoint[key]) in status.stdout
+
+    again = home.run("up", *FREE_PORTS)
+    assert again.returncode == exit_code(ErrorCode.ALREADY_RUNNING)
+    assert str(endpoint["pid"]) in again.stderr
+    assert endpoint["manager_url"] in again.stderr
+
+    down = home.run("down")
+    assert down.returncode == 0
+    assert f"Ended process {endpoint['pid']}" in down.stderr
+    assert not [pid for pid in family if psutil.pid_exists(pid)]
+    assert home.run("down").returncode == exit_code(ErrorCode.NOT_RUNNING)
+    assert home.run("status").returncode == exit_code(ErrorCode.UNREACHABLE)
+
+
+def test_down_ends_a_control_plane_that_does_not_listen_to_signals(home: Home) -> None:
+    assert home.run("up", *FREE_PORTS).returncode == 0
+    pid = int(str(home.endpoint()["pid"]))
+    family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    (home.control / "endpoint.json").unlink()  # whoever did that: the lock still tells
+    down = home.run("down", "--format", "json")
+    assert json.loads(down.stdout)["data"]["pid"] == pid
+    assert not [pid for pid in family if psutil.pid_exists(pid)]
+
+
+def test_the_foreground_ends_on_a_signal(home: Home) -> None:
+    with subprocess.Popen(
+        [FLOPS, "up", "--foreground", *FREE_PORTS],
+        env=home.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline()]
+        while lines[-1] and "Admin token" not in lines[-1]:
+            lines.append(process.stdout.readline())
+        pid = int(str(home.endpoint()["pid"]))
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert lines[0].startswith("Manager ")
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("option", ["--manager-port", "--cluster-port", "--tracking-port"])
+def test_an_occupied_port_is_named_with_its_option(home: Home, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        others = [item for item in FREE_PORTS if not item.startswith(option)]
+        up = home.run("up", f"{option}={port}", *others)
+    assert up.returncode == exit_code(ErrorCode.PORT_OCCUPIED)
+    assert str(port) in up.stderr
+    assert f"choose another one with {option}." in up.stderr
+    assert "Traceback" not in up.stderr
+    assert read_endpoint(home.control) is None
+
+
+def test_one_that_is_starting_is_not_started_twice(home: Home) -> None:
+    home.control.mkdir(parents=True)
+    with (home.control / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        up = home.run("up", *FREE_PORTS)
+    assert up.returncode == exit_code(ErrorCode.ALREADY_RUNNING)
+    assert "starting or stopping" in up.stderr
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = Home(tmp_path / "file" / "home")
+    up = home.run("up", *FREE_PORTS)
+    assert up.returncode == exit_code(ErrorCode.FILE_UNREADABLE)
+    assert "State cannot be kept in" in up.stderr
+
+
+def test_a_stale_endpoint_is_nobody(tmp_path: Path) -> None:
+    for content in ("{", "{}", '{"pid": "x"}', json.dumps({"pid": os.getpid()}), '{"pid": 4194999}'):
+        (tmp_path / "endpoint.json").write_text(content)
+        assert read_endpoint(tmp_path) is None
