@@ -76,6 +76,9 @@ def _by_partitioner(
                 seed=seed,
             )
         case PartitionerName.SHARD:
+            shards = partitions * partitioner.shards_per_partition
+            if shards > table.num_rows:
+                raise _invalid(f"{table.num_rows} rows cannot be cut into {shards} shards")
             made = ShardPartitioner(
                 num_partitions=partitions,
                 partition_by=_KEY,
