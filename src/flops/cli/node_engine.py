@@ -65,7 +65,7 @@ def start(
     ] = None,
 ) -> None:
     """Make this machine a node of a FLOps cluster. Without a subcommand, start the NodeEngine."""
-    context.obj = home
+    context.obj = None if home is None else home.expanduser().absolute()  # the daemon runs elsewhere
     if context.invoked_subcommand is not None:
         if address is not None or port is not None or is_detached:
             raise FlopsError(
