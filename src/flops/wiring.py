@@ -108,6 +108,8 @@ def open_environments(root: Path) -> Environments:
 
 def run_aggregator(arguments: list[str]) -> int:
     """Run an aggregator: a service, given its context file."""
+    import os
+
     from flops.settings import inherited_environment, quiet_libraries
 
     quiet_libraries()  # before Flower is imported
@@ -119,9 +121,13 @@ def run_aggregator(arguments: list[str]) -> int:
 
     configure_logging("INFO")
     environ = inherited_environment()
-    return run_actor(
+    code = run_actor(
         lambda context, events: aggregate(context, events, MlflowTracker, environ), ["", *arguments]
     )
+    # A learner that hangs must not keep the process: the interpreter would wait for its thread.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_builder(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Error, MessageType, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
@@ -53,12 +54,17 @@ class FlightGrid(Grid):
         self._server = server
         self._present: dict[int, Link] = {}
         self._pushed: dict[str, FlowerMessage] = {}
+        self._dtypes: list[np.dtype[Any]] = []
         self._run = Run.create_empty(run_id=1)
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
     def show(self, links: Iterable[Link]) -> None:
         """Set which learners strategies see: they ask all that they see."""
         self._present = {node_id_of(link.learner): link for link in links}
+
+    def keep_types(self, dtypes: Iterable[np.dtype[Any]]) -> None:
+        """Set which types learners get their arrays in; strategies compute with floating point numbers."""
+        self._dtypes = list(dtypes)
 
     def exchange(self, messages: Iterable[FlowerMessage], timeout_s: float) -> list[Answer]:
         """Ask the learners these messages are for; returns what came of each."""
@@ -70,7 +76,7 @@ class FlightGrid(Grid):
             # Every message of a strategy carries the same record: it is encoded once.
             record = message.content
             if id(record) not in encoded:
-                encoded[id(record)] = encode_arrays(_arrays_of(record))
+                encoded[id(record)] = encode_arrays(self._arrays_of(record))
             config = dict(next(iter(record.config_records.values()), {}))
             header = {"round": config.get("server-round", 0), "config": config}
             _set_message_id(message, f"{link.learner}/{number}")
@@ -82,6 +88,12 @@ class FlightGrid(Grid):
             Answer(learner, link.node, message, *answers[learner])
             for learner, (link, message) in asked.items()
         ]
+
+    def _arrays_of(self, record: RecordDict) -> list[Array]:
+        arrays = next(iter(record.array_records.values())).to_numpy_ndarrays()
+        if len(self._dtypes) != len(arrays):
+            return list(arrays)
+        return [array.astype(dtype, copy=False) for array, dtype in zip(arrays, self._dtypes, strict=True)]
 
     # --- what Flower's Grid asks for ---
 
@@ -140,8 +152,13 @@ def reply_with(
     """A Flower reply with a learner's parameters and numbers."""
     records: dict[str, Any] = {METRICS: MetricRecord(metrics)}
     if arrays is not None:
-        records[ARRAYS] = ArrayRecord(arrays)
+        records[ARRAYS] = ArrayRecord(as_floats(arrays))
     return FlowerMessage(RecordDict(records), reply_to=instruction)
+
+
+def as_floats(arrays: Iterable[Array]) -> list[Array]:
+    """Integers as float64: strategies scale parameters, some in place."""
+    return [array.astype(np.float64) if array.dtype.kind in "iub" else array for array in arrays]
 
 
 def _flower_reply(answer: Answer) -> FlowerMessage:
@@ -155,11 +172,6 @@ def _flower_reply(answer: Answer) -> FlowerMessage:
     metrics[ROWS] = int(reply.header["rows"])
     is_training = answer.instruction.metadata.message_type == MessageType.TRAIN
     return reply_with(answer.instruction, reply.arrays if is_training else None, metrics)
-
-
-def _arrays_of(record: RecordDict) -> list[Array]:
-    arrays: ArrayRecord = next(iter(record.array_records.values()))
-    return list(arrays.to_numpy_ndarrays())
 
 
 def _set_message_id(message: FlowerMessage, value: str) -> None:

@@ -63,9 +63,13 @@ class _Dial:
         with flight.FlightClient(f"grpc://{self.address}") as client:
             writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(DESCRIPTOR), options)
             try:
-                writer.begin(SCHEMA)
                 stream = Stream(reader, writer)
-                stream.send(Message(HELLO, {"learner": self.learner, "node": self.node, **hello}))
+                try:
+                    writer.begin(SCHEMA)
+                    stream.send(Message(HELLO, {"learner": self.learner, "node": self.node, **hello}))
+                except _LOST:
+                    stream.receive()  # raises why the aggregator has ended the call
+                    raise
                 keep_connections_alive(int(self.address.rpartition(":")[2]))
                 yield stream
             finally:

@@ -176,7 +176,11 @@ class LearnerServer:
             link = Link(
                 str(hello.header["learner"]), str(hello.header["node"]), int(hello.header["rows"]), stream
             )
+            sender = threading.Thread(
+                target=self._send_to, args=(link,), name=f"send-{link.learner}", daemon=True
+            )
             self._join(link)
+            sender.start()
             reason = "its connection ended"
             try:
                 while link.is_open:
@@ -185,6 +189,7 @@ class LearnerServer:
                 reason = "its connection ended" if isinstance(exc, EOFError) else _short(exc)
             finally:
                 self._leave(link, reason)
+                sender.join()  # Flight frees the stream as soon as its call returns
 
     def _take_refusal(self, header: dict[str, Any]) -> None:
         with self._changed:
@@ -201,7 +206,6 @@ class LearnerServer:
             self._refusals.pop(link.learner, None)
             self._on_join(link)
             self._changed.notify_all()
-        threading.Thread(target=self._send_to, args=(link,), name=f"send-{link.learner}", daemon=True).start()
 
     def _take_answer(self, link: Link, message: Message) -> None:
         with self._changed:

@@ -13,7 +13,7 @@ from flwr.serverapp.exception import AggregationError, InconsistentMessageReplie
 
 from flops.core.sla import Strategy, StrategyName
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.grid import FlightGrid
+from flops.trainer.grid import FlightGrid, as_floats
 from flops.trainer.learner import MEASURE_LOSS
 from flops.wire.training import Array
 
@@ -29,6 +29,7 @@ _CLASSES: Mapping[StrategyName, type[flower.FedAvg]] = {
     StrategyName.KRUM: flower.Krum,
     StrategyName.QFED_AVG: flower.QFedAvg,
 }
+_FLOWERS = (AggregationError, InconsistentMessageReplies, ArithmeticError, TypeError, ValueError)
 _WHOLE = frozenset({"num_malicious_nodes"})
 # What strategies remember from round to round; `current_arrays` is set anew from the parameters of the round.
 _STATE_LISTS = ("momentum_vector",)
@@ -69,8 +70,9 @@ class RoundStrategy:
     ) -> list[FlowerMessage]:
         """Messages that ask the learners shown by the grid to train from these parameters."""
         self._dtypes = [array.dtype for array in parameters]
-        config = ConfigRecord(self._train_config)
-        return list(self._flower.configure_train(number, ArrayRecord(list(parameters)), config, grid))
+        grid.keep_types(self._dtypes)
+        record, config = ArrayRecord(as_floats(parameters)), ConfigRecord(self._train_config)
+        return list(self._flower.configure_train(number, record, config, grid))
 
     def aggregate_train(self, number: int, replies: Sequence[FlowerMessage]) -> list[Array]:
         """The new global parameters, of the types the model's parameters have.
@@ -80,15 +82,16 @@ class RoundStrategy:
         """
         try:
             arrays, _ = self._flower.aggregate_train(number, replies)
-        except (AggregationError, InconsistentMessageReplies, ValueError, ZeroDivisionError) as exc:
+        except _FLOWERS as exc:
             raise self._failed(number, str(exc)) from exc
         if arrays is None:
             raise self._failed(number, "the strategy gave no parameters")
-        result = [
-            _to_dtype(array, dtype)
-            for array, dtype in zip(arrays.to_numpy_ndarrays(), self._dtypes, strict=True)
-        ]
-        if not all(np.isfinite(array).all() for array in result):
+        with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is looked for here
+            result = [
+                _to_dtype(array, dtype)
+                for array, dtype in zip(arrays.to_numpy_ndarrays(), self._dtypes, strict=True)
+            ]
+        if not all(np.isfinite(array).all() for array in (*arrays.to_numpy_ndarrays(), *result)):
             raise self._failed(
                 number, "the aggregated parameters are not finite; smaller learning rates may help"
             )
@@ -109,7 +112,7 @@ class RoundStrategy:
         """
         try:
             metrics: MetricRecord | None = self._flower.aggregate_evaluate(number, replies)
-        except (AggregationError, InconsistentMessageReplies, ValueError, ZeroDivisionError) as exc:
+        except _FLOWERS as exc:
             raise self._failed(number, str(exc)) from exc
         return {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, int | float)}
 
@@ -145,7 +148,7 @@ class RoundStrategy:
 
 
 def _to_dtype(array: Array, dtype: np.dtype[Any]) -> Array:
-    """Strategies compute in float64 where they multiply by numpy's scalars; models keep their types."""
+    """The type the model has: strategies compute in float64 where they multiply by numpy's scalars."""
     if array.dtype == dtype:
         return array
     if dtype.kind in "iu":

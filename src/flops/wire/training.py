@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import socket
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -207,15 +208,15 @@ def keep_connections_alive(port: int) -> int:
     """
     guarded = 0
     for descriptor in _open_descriptors():
-        try:
-            candidate = socket.socket(fileno=os.dup(descriptor))
-        except OSError:
-            continue  # not a socket, or closed in the meantime
-        with candidate, contextlib.suppress(OSError):
-            is_tcp = candidate.type == socket.SOCK_STREAM and candidate.family in _INTERNET
-            if is_tcp and port in (candidate.getsockname()[1], candidate.getpeername()[1]):
-                _set_keepalive(candidate)
-                guarded += 1
+        with contextlib.suppress(OSError):  # closed in the meantime, or not connected
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                if connection.type != socket.SOCK_STREAM or connection.family not in _INTERNET:
+                    continue
+                if port in (connection.getsockname()[1], connection.getpeername()[1]):
+                    _set_keepalive(connection)
+                    guarded += 1
     return guarded
 
 

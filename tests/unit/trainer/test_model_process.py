@@ -1,0 +1,75 @@
+"""Children that run the user's code, and what is told when they fail."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from flops.errors import ErrorCode, FlopsError
+from flops.trainer.model_process import ModelProcess
+
+
+def start(program: str, **options: object) -> ModelProcess:
+    return ModelProcess(
+        [sys.executable, "-c", program],
+        {},
+        doing="does it",
+        code=ErrorCode.MODEL_EXPORT_FAILED,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def test_success_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    ended = threading.Event()
+    child = start("import sys; print('out'); print('note', file=sys.stderr)", on_end=ended.set)
+    child.wait()
+    child.kill()
+    assert ended.wait(5)
+    assert not child.has_failed
+    assert capfd.readouterr() == ("out\n", "note\n")
+
+
+def test_the_childs_own_error_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    raw = FlopsError(ErrorCode.USER_CODE_FAILED, "It broke.", details={"traceback": "line 3"}).to_dict()
+    child = start(
+        f"import json, sys; sys.stderr.write('note\\n' + json.dumps({raw!r}) + '\\n'); sys.exit(40)"
+    )
+    with pytest.raises(FlopsError) as caught:
+        child.wait()
+    child.kill()
+    assert child.has_failed
+    assert (caught.value.code, caught.value.details) == (ErrorCode.USER_CODE_FAILED, {"traceback": "line 3"})
+    assert capfd.readouterr().err == "note\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "message"),
+    [
+        ("raise KeyError('x')", ErrorCode.MODEL_EXPORT_FAILED, "that does it ended with"),
+        ("import os; os.kill(os.getpid(), 9)", ErrorCode.OUT_OF_MEMORY, "was killed"),
+        ("import sys; sys.stderr.write('[1]\\n'); sys.exit(3)", ErrorCode.MODEL_EXPORT_FAILED, "ended with"),
+    ],
+)
+def test_an_end_without_a_word_is_told(program: str, code: ErrorCode, message: str) -> None:
+    child = start(program)
+    with pytest.raises(FlopsError) as caught:
+        child.wait()
+    child.kill()
+    assert caught.value.code is code
+    assert message in caught.value.message
+    assert "exit_code" in caught.value.details
+
+
+def test_a_program_that_is_not_there_is_told() -> None:
+    with pytest.raises(FlopsError) as caught:
+        ModelProcess(["/no/python"], {}, doing="does it", code=ErrorCode.USER_CODE_FAILED)
+    assert caught.value.code is ErrorCode.USER_CODE_FAILED
+    assert "cannot be started" in caught.value.message
+
+
+def test_a_child_can_be_ended() -> None:
+    child = start("import time; time.sleep(60)")
+    child.kill()
+    assert child.has_failed

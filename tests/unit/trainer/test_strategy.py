@@ -1,0 +1,127 @@
+"""Every strategy of the SLA, as Flower computes it, on our grid's messages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from flwr.serverapp import strategy as flower
+
+from flops.core.sla import Strategy, StrategyName
+from flops.core.strategies import STRATEGY_PARAMETERS
+from flops.errors import ErrorCode, FlopsError
+from flops.trainer.grid import ROWS, FlightGrid, reply_with
+from flops.trainer.links import LearnerServer, Link
+from flops.trainer.strategy import RoundStrategy
+from flops.wire.training import Array, Stream
+
+NEEDED = {"QFedAvg": {"client_learning_rate": 0.1}}
+
+
+@pytest.fixture
+def grid() -> Iterator[FlightGrid]:
+    server = LearnerServer("127.0.0.1", 0, "secret")
+    grid = FlightGrid(server)
+    grid.show([Link(f"learner-{n}", "node", 0, Stream(None, None)) for n in range(4)])  # type: ignore[arg-type]
+    yield grid
+    server.stop()
+
+
+def make(name: str, **parameters: float) -> RoundStrategy:
+    return RoundStrategy(Strategy(name=StrategyName(name), parameters={**NEEDED.get(name, {}), **parameters}))
+
+
+def play_round(
+    strategy: RoundStrategy, grid: FlightGrid, number: int, parameters: list[Array], steps: list[float]
+) -> list[Array]:
+    """Four learners add a step each to every parameter; the first has twice the rows."""
+    messages = strategy.configure_train(number, parameters, grid)
+    assert len(messages) == 4
+    replies = [
+        reply_with(
+            message,
+            [np.asarray(array + np.asarray(step, array.dtype)) for array in parameters],
+            {ROWS: 20 if index == 0 else 10, "train_loss": 1.0},
+        )
+        for index, (message, step) in enumerate(zip(messages, steps, strict=True))
+    ]
+    return strategy.aggregate_train(number, replies)
+
+
+def parameters() -> list[Array]:
+    return [np.zeros((2, 3), np.float32), np.array(1.0), np.array([3], np.int64)]
+
+
+@pytest.mark.parametrize("name", [name.value for name in StrategyName])
+def test_every_strategy_keeps_types_and_shapes(grid: FlightGrid, name: str) -> None:
+    strategy = make(name)
+    current = parameters()
+    for number in (1, 2, 3):
+        current = play_round(strategy, grid, number, current, [1.0, 2.0, 3.0, 4.0])
+    for array, expected in zip(current, parameters(), strict=True):
+        assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+        assert np.isfinite(array).all()
+    assert (current[0] > 0).all()
+
+
+def test_fedavg_weighs_by_rows(grid: FlightGrid) -> None:
+    result = play_round(make("FedAvg"), grid, 1, parameters(), [1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_allclose(result[0], (2 * 1 + 2 + 3 + 4) / 5, rtol=1e-6)
+
+
+def test_fedmedian_is_not_moved_by_an_outlier(grid: FlightGrid) -> None:
+    result = play_round(make("FedMedian"), grid, 1, parameters(), [1.0, 1.0, 1.0, 1e6])
+    np.testing.assert_allclose(result[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("FedAvgM", {"server_momentum": 0.9}), ("FedAdam", {}), ("FedYogi", {}), ("FedAdagrad", {})],
+)
+def test_a_restored_strategy_goes_on_as_if_nothing_had_happened(
+    grid: FlightGrid, name: str, options: dict[str, float]
+) -> None:
+    undisturbed = make(name, **options)
+    current = parameters()
+    for number in (1, 2):
+        current = play_round(undisturbed, grid, number, current, [1.0, 2.0, 3.0, 4.0])
+    restored = make(name, **options)
+    restored.restore(undisturbed.state())
+    assert undisturbed.state()
+    expected = play_round(undisturbed, grid, 3, current, [4.0, 3.0, 2.0, 1.0])
+    result = play_round(restored, grid, 3, current, [4.0, 3.0, 2.0, 1.0])
+    for array, other in zip(result, expected, strict=True):
+        np.testing.assert_allclose(array, other, rtol=1e-6)
+
+
+def test_parameters_that_explode_are_an_error(grid: FlightGrid) -> None:
+    strategy = make("FedAvgM", server_learning_rate=1e30)
+    with pytest.raises(FlopsError) as caught, np.errstate(over="ignore"):
+        play_round(strategy, grid, 1, parameters(), [1e10] * 4)
+    assert caught.value.code is ErrorCode.AGGREGATION_FAILED
+    assert "not finite" in caught.value.message
+
+
+def test_no_reply_is_an_error(grid: FlightGrid) -> None:
+    strategy = make("FedAvg")
+    strategy.configure_train(1, parameters(), grid)
+    with pytest.raises(FlopsError) as caught:
+        strategy.aggregate_train(1, [])
+    assert caught.value.code is ErrorCode.AGGREGATION_FAILED
+
+
+@pytest.mark.parametrize("name", [name.value for name in StrategyName])
+def test_parameters_are_flowers(name: str) -> None:
+    """Every parameter that users may give is one of Flower's, and required ones are required there."""
+    signature = inspect.signature(getattr(flower, name).__init__).parameters
+    for key, parameter in STRATEGY_PARAMETERS[name].items():
+        assert key in signature
+        assert parameter.is_required == (signature[key].default is inspect.Parameter.empty)
+    numeric = {
+        key
+        for key, parameter in signature.items()
+        if isinstance(parameter.default, float | int) and not key.startswith(("fraction_", "min_"))
+    }
+    assert numeric <= set(STRATEGY_PARAMETERS[name])

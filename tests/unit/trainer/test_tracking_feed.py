@@ -1,0 +1,79 @@
+"""Every round is recorded in order, whatever the tracking server does meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from flops.adapters.memory_tracker import MemoryTracker
+from flops.core.ids import ProjectId
+from flops.core.project import Round
+from flops.errors import ErrorCode, FlopsError
+from flops.ports import Tracker
+from flops.trainer.tracking_feed import TrackedRun, TrackingFeed
+
+PROJECT = ProjectId("p1")
+AWAY = FlopsError(ErrorCode.UNREACHABLE, "MLflow is away.")
+
+
+def make(
+    make_tracker: Callable[[], Tracker], on_open: Callable[[TrackedRun], None] = lambda _: None
+) -> TrackingFeed:
+    params: Mapping[str, str] = {"strategy": "FedAvg"}
+    return TrackingFeed(make_tracker, PROJECT, params, {"tag": "value"}, on_open)
+
+
+def test_rounds_are_recorded_and_the_run_is_told() -> None:
+    tracker = MemoryTracker()
+    told: list[TrackedRun] = []
+    feed = make(lambda: tracker, told.append)
+    feed.add([Round(number=1), Round(number=2)])
+    _, run = feed.wait(10)
+    assert told == [run]
+    feed.close(is_success=True, patience_s=5)
+    recorded = tracker.runs[PROJECT]
+    assert (sorted(recorded.rounds), recorded.status) == ([1, 2], "FINISHED")
+    assert (recorded.params, recorded.tags) == ({"strategy": "FedAvg"}, {"tag": "value"})
+
+
+def test_what_was_missed_is_recorded_later() -> None:
+    tracker = MemoryTracker()
+    tracker.problem = AWAY
+    feed = make(lambda: tracker)
+    feed.add([Round(number=1)])
+    with pytest.raises(FlopsError) as caught:
+        feed.wait(0.2)
+    assert caught.value.code is ErrorCode.TRACKING_FAILED
+    assert "MLflow is away." in caught.value.message
+    tracker.problem = None
+    feed.wait(10)
+    feed.close(is_success=False, patience_s=5)
+    assert tracker.runs[PROJECT].status == "FAILED"
+
+
+def test_a_defect_of_the_tracker_is_told_and_does_not_end_the_feed() -> None:
+    tracker = MemoryTracker()
+    is_broken = threading.Event()
+    is_broken.set()
+
+    def make_tracker() -> Tracker:
+        if is_broken.is_set():
+            raise KeyError("oops")
+        return tracker
+
+    feed = make(make_tracker)
+    with pytest.raises(FlopsError, match="KeyError"):
+        feed.wait(0.2)
+    is_broken.clear()
+    feed.wait(10)
+    feed.close(is_success=True, patience_s=5)
+
+
+def test_closing_never_waits_longer_than_told() -> None:
+    tracker = MemoryTracker()
+    tracker.problem = AWAY
+    feed = make(lambda: tracker)
+    feed.close(is_success=False, patience_s=0.1)
+    assert not any(thread.name == "tracking" and thread.is_alive() for thread in threading.enumerate())
