@@ -49,7 +49,9 @@ def show_rounds(rounds: Sequence[Round], best: int | None) -> None:
                 metric(r.accuracy),
                 metric(r.loss),
                 f"{r.duration_s:.2f} s",
-                ", ".join(f"{p.node} ({p.rows:,} rows)" for p in r.participants),
+                ", ".join(
+                    f"{p.node} ({p.rows:,} rows)" for p in sorted(r.participants, key=lambda p: p.learner)
+                ),
             )
             for r in rounds
         ],

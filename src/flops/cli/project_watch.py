@@ -16,6 +16,7 @@ from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.spinner import Spinner
 
     from flops.cli.api_client import ApiClient
 
@@ -109,6 +110,7 @@ class LiveReport:
         self._api = api
         self._project = project
         self._stage_begun = time.monotonic()
+        self._spinner: Spinner | None = None  # kept, so that it goes on turning from one drawing to the next
 
     def tell(self, event: ProjectEvent) -> None:
         """Print an event and bring the view up to date."""
@@ -131,9 +133,12 @@ class LiveReport:
         from rich.text import Text
 
         project = self._project
+        if self._spinner is None:
+            self._spinner = Spinner("dots")
         elapsed = time.monotonic() - self._stage_begun
+        self._spinner.update(text=Text.assemble((str(project.stage), "bold"), f"  {elapsed:.0f} s"))
         parts: list[RenderableType] = [
-            Spinner("dots", Text.assemble((str(project.stage), "bold"), f"  {elapsed:.0f} s")),
+            self._spinner,
             Text(hide_passwords(project.doing), style="dim"),
         ]
         if project.training is not None:
@@ -145,7 +150,7 @@ class LiveReport:
     def _print(self, when: str, sentence: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text.assemble((when, "dim"), "  ", hide_passwords(sentence)))
+        self.console.print(Text.assemble((when, "dim"), "  ", hide_passwords(sentence)), soft_wrap=True)
 
 
 def _clock_time(seconds: float | None) -> str:
