@@ -76,7 +76,7 @@ def _gap(error: FlopsError) -> str:
 
 @contextmanager
 def _report(api: ApiClient, project: Project) -> Iterator[Report]:
-    if not sys.stderr.isatty():
+    if not _is_terminal():
         yield LineReport()
         return
     from rich.console import Console
@@ -88,6 +88,10 @@ def _report(api: ApiClient, project: Project) -> Iterator[Report]:
     ) as live:
         yield report
         live.refresh()
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 class LineReport:

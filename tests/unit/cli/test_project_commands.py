@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +84,43 @@ def test_watch_follows_a_project_to_its_end(flops: Flops, manager: Manager, tmp_
     assert "Inference:   http://127.0.0.1:8080/invocations" in lines
     seqs = [line for line in lines if "begins with" in line]
     assert len(seqs) == 3, "no event is told twice"
+
+
+def test_ctrl_c_ends_the_watching_only(
+    flops: Flops, manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project_id = submit(flops, tmp_path)
+
+    def say_and_interrupt(text: str) -> None:
+        say(text)
+        if "was accepted" in text:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr("flops.cli.project_watch.say", say_and_interrupt)
+    outcome = flops("project", "watch", project_id, "--format", "json")
+    assert outcome.exit_code == 130
+    assert outcome.out == ""
+    assert f"The project goes on. Watch it again with `flops project watch {project_id}`." in outcome.err
+    assert not manager.cluster.engine.get(project_id).stage.is_final
+
+
+def test_watch_draws_a_live_view_on_a_terminal(
+    flops: Flops, manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    project_id = submit(flops, tmp_path)
+    with meanwhile(lambda: manager.cluster.play_to_the_end(project_id)):
+        monkeypatch.setattr("flops.cli.project_watch._is_terminal", lambda: True)
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        outcome = flops("project", "watch", project_id)
+    assert outcome.exit_code == 0, outcome.err
+    assert "3 of 3 rounds" in outcome.err
+    assert "accuracy 0.7300, loss 0.3333" in outcome.err
+    assert "\x1b[" in outcome.err
+    assert outcome.err.count("Round 2 of 3: ") == 1
+    assert "Best model:  round 3" in outcome.err
+    assert outcome.out == ""
 
 
 def test_watch_in_json_is_one_envelope_with_the_project(
