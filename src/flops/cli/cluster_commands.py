@@ -22,6 +22,7 @@ model = typer.Typer(help="Trained models.", no_args_is_help=True)
 
 DATASET_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".npz", ".arrow"})
 _POLL_S = 0.3
+_ANNOUNCED_WITHIN_S = 20.0  # nodes look for new rows every few seconds
 
 
 @node.command("list")
@@ -116,9 +117,24 @@ def _wait_for_data(api: ApiClient, mock_data_id: str) -> MockData:
             told = record.rows
             say(f"{told:,} rows pushed to {', '.join(record.nodes)}.")
         if record.state == "completed":
+            _wait_until_announced(api, record)
             say(f"Completed: {record.rows:,} rows are stored on {', '.join(record.nodes)}.")
             return record
         time.sleep(_POLL_S)
+
+
+def _wait_until_announced(api: ApiClient, record: MockData) -> None:
+    """Wait until the cluster knows of the rows, so that a project that needs them can be placed at once."""
+    from flops.wire.rest import NodeList
+
+    tag = str(record.sla["mock_data_configuration"]["data_tag"])
+    deadline = time.monotonic() + _ANNOUNCED_WITHIN_S
+    while time.monotonic() < deadline:
+        nodes = [node for node in api.get("/nodes", NodeList).nodes if node.id in record.node_ids]
+        if sum(node.rows_of((tag,)) for node in nodes) >= record.rows:
+            return
+        time.sleep(_POLL_S)
+    say(f"Not all rows with the tag {tag} are known to the cluster yet: see `flops node list`.")
 
 
 @mock_data.command("list")

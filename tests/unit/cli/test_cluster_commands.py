@@ -18,6 +18,7 @@ from flops.cli.cluster_commands import dataset_file
 from flops.core.cluster import ServiceState
 from flops.core.ids import ServiceId
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
+from flops.testing.projects import node_with
 
 from .conftest import Flops, Manager
 
@@ -74,6 +75,9 @@ def test_mock_data_is_watched_until_it_is_stored(flops: Flops, manager: Manager,
             cluster.orchestrator.report(service_id, ServiceState.RUNNING)
             cluster.orchestrator.tell(service_id, "data_pushed", data_tag="mnist", partition=0, rows=4_500)
             cluster.orchestrator.report(service_id, ServiceState.COMPLETED, exit_code=0)
+        threading.Event().wait(0.5)
+        for name in ("alpha", "beta"):
+            cluster.orchestrator.join(node_with(name, rows=4_500))
 
     thread = threading.Thread(target=play)
     thread.start()
