@@ -273,7 +273,13 @@ class TrainingStage:
         )
 
     def _start(self, argv: list[str], service: str) -> subprocess.Popen[bytes]:
-        env = {**inherited_environment(), "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
+        env = {
+            **inherited_environment(),
+            "PYTHONPATH": str(SOURCES),
+            "OMP_NUM_THREADS": "1",
+            "http_proxy": "http://127.0.0.1:9",  # nothing of ours goes through the environment's proxies
+            "no_proxy": "",
+        }
         with (self.root / service / "output.log").open("ab") as output:
             process = subprocess.Popen(argv, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         self.processes.append(process)

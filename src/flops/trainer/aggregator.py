@@ -147,7 +147,7 @@ class Training:
         for child in self._children:
             child.kill()
         self._feed.close(is_success=self._is_successful, patience_s=_CLOSE_PATIENCE_S)
-        self._server.stop()
+        self._server.stop(is_over=self._is_successful)
 
     # --- beginning ---
 

@@ -26,6 +26,7 @@ from flops.trainer.ml_repo import MLRepo
 from flops.wire.training import (
     AUTHORIZATION,
     DESCRIPTOR,
+    DIRECTLY,
     EVALUATE,
     HELLO,
     REPLY,
@@ -60,7 +61,7 @@ class _Dial:
         options = flight.FlightCallOptions(
             headers=[(AUTHORIZATION.encode(), f"Bearer {self.token}".encode())]
         )
-        with flight.FlightClient(f"grpc://{self.address}") as client:
+        with flight.FlightClient(f"grpc://{self.address}", generic_options=DIRECTLY) as client:
             writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(DESCRIPTOR), options)
             try:
                 stream = Stream(reader, writer)

@@ -83,6 +83,7 @@ class LearnerServer:
         self._refusals: dict[str, tuple[str, FlopsError]] = {}
         self._ids = itertools.count(1)
         self._is_over = False
+        self._is_closing = False
         self._on_join = on_join
         self._on_leave = on_leave
         try:
@@ -148,12 +149,19 @@ class LearnerServer:
                 missing[name] = (answer, link.left_because if answer is None and not link.is_open else "")
         return missing
 
-    def stop(self, grace_s: float = 2.0) -> None:
-        """Tell all learners that the training is over, wait for them to leave, and stop listening."""
+    def stop(self, *, is_over: bool = True, grace_s: float = 2.0) -> None:
+        """Stop listening.
+
+        Args:
+            is_over: tell all learners that the training is over, so that they end. Otherwise they stay and
+                dial again, for an aggregator that is started anew.
+            grace_s: how long the learners' and the server's end are waited for.
+        """
         with self._changed:
-            self._is_over = True
+            self._is_over, self._is_closing = is_over, True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._links, grace_s)
+            if is_over:
+                self._changed.wait_for(lambda: not self._links, grace_s)
         # A connection that does not end would keep `shutdown` waiting for good.
         closer = threading.Thread(target=self._server.shutdown, name="stop-listening", daemon=True)
         closer.start()
@@ -223,7 +231,7 @@ class LearnerServer:
                 del self._links[link.learner]
             if link.is_open:
                 link.is_open, link.left_because = False, reason
-            if not is_replaced and not self._is_over:
+            if not is_replaced and not self._is_closing:
                 self._on_leave(link, reason)
             self._changed.notify_all()
 
@@ -231,9 +239,9 @@ class LearnerServer:
         """Send a learner's instructions in a thread of its own: a slow network holds up nobody else."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: link.to_send or self._is_over or not link.is_open)
+                self._changed.wait_for(lambda: link.to_send or self._is_closing or not link.is_open)
                 work, link.to_send = link.to_send, None
-                if not link.is_open:
+                if not link.is_open or (work is None and not self._is_over):
                     return
             try:
                 if work is None:

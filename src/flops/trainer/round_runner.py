@@ -84,7 +84,8 @@ class RoundRunner:
             lambda: self._strategy.configure_train(number, parameters, self._grid),
             lambda answer: _problem_of_training(answer, parameters),
         )
-        replies = [_train_reply(answer) for answer in train.answers.values()]
+        # In a fixed order: sums of floating point numbers depend on it.
+        replies = [_train_reply(train.answers[name]) for name in sorted(train.answers)]
         aggregated = self._strategy.aggregate_train(number, replies)
         evaluate = self._collect(
             _Phase(EVALUATE, number, self._config.min_evaluate_clients),
@@ -98,7 +99,7 @@ class RoundRunner:
             loss=metrics.pop("loss", None),
             metrics=metrics,
             participants=_participants(train, evaluate),
-            left_out=tuple(name for name in train.parts if name not in train.answers),
+            left_out=tuple(sorted(name for name in train.parts if name not in train.answers)),
             duration_s=time.monotonic() - started,
         )
         return FinishedRound(aggregated, record)
@@ -180,7 +181,8 @@ def _train_reply(answer: Answer) -> FlowerMessage:
 
 def _evaluate_replies(phase: _Phase) -> list[FlowerMessage]:
     """Replies with the numbers that all learners with held-out rows have: means need them from each."""
-    answers = [answer for answer in phase.answers.values() if int(_reply_of(answer).header["rows"]) > 0]
+    answers = [phase.answers[name] for name in sorted(phase.answers)]
+    answers = [answer for answer in answers if int(_reply_of(answer).header["rows"]) > 0]
     if not answers:
         raise FlopsError(
             ErrorCode.ROUND_FAILED,
@@ -202,7 +204,7 @@ def _evaluate_replies(phase: _Phase) -> list[FlowerMessage]:
 
 def _participants(train: _Phase, evaluate: _Phase) -> tuple[Participant, ...]:
     found = []
-    for learner in dict.fromkeys((*train.answers, *evaluate.answers)):
+    for learner in sorted({*train.answers, *evaluate.answers}):
         trained, evaluated = train.answers.get(learner), evaluate.answers.get(learner)
         after = _reply_of(evaluated).header if evaluated else {}
         numbers = after.get("metrics", {})
