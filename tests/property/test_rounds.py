@@ -16,7 +16,6 @@ from flops.core.rounds import (
     failure_of,
     judge,
     reason_to_end,
-    weighted_mean,
 )
 from flops.core.sla import EarlyStopping, TargetMetric
 from flops.errors import ErrorCode, FlopsError
@@ -121,12 +120,3 @@ def test_a_target_ends_the_training_exactly_when_it_is_reached(
         last is not None and math.isfinite(last) and (last >= value if name == "accuracy" else last <= value)
     )
     assert (reason is not None) == is_reached
-
-
-@given(st.lists(st.tuples(st.none() | st.floats(-1e6, 1e6), st.integers(0, 1000)), max_size=10))
-def test_a_weighted_mean_lies_between_its_values(pairs: list[tuple[float | None, int]]) -> None:
-    mean = weighted_mean(pairs)
-    present = [value for value, rows in pairs if value is not None and rows > 0]
-    assert (mean is None) == (not present)
-    if mean is not None:
-        assert min(present) - 1e-6 <= mean <= max(present) + 1e-6

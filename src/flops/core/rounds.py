@@ -162,10 +162,3 @@ def _rounds_without_gain(history: Sequence[Round], min_delta: float) -> int:
         else:
             since += 1
     return since
-
-
-def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
-    """Mean of (value, rows) weighted by rows; None when no value with rows is there."""
-    present = [(value, rows) for value, rows in values if _finite(value) is not None and rows > 0]
-    total = sum(rows for _, rows in present)
-    return sum(value * rows for value, rows in present if value is not None) / total if total else None

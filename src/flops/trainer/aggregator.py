@@ -61,9 +61,9 @@ def main(
     Raises:
         FlopsError: why there is no model.
     """
+    config = _parse(context)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped project's run is closed, too
-    config = _parse(context)
     training = Training(context, config, events, tracker_factory, environ)
     try:
         training.run()

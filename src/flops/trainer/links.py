@@ -248,9 +248,9 @@ class LearnerServer:
                     link.stream.send_encoded(STOP, {}, _NOTHING)
                     return
                 number, instruction = work
-                link.stream.send_encoded(
-                    instruction.kind, {**instruction.header, "id": number}, instruction.encoded
-                )
+                header = {**instruction.header, "id": number}
+                link.stream.send_encoded(instruction.kind, header, instruction.encoded)
+                del work, instruction  # its arrays are not kept while the learner works
             except _LOST as exc:
                 self._leave(link, _short(exc))
                 return

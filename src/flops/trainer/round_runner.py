@@ -19,6 +19,8 @@ from flops.trainer.strategy import RoundStrategy
 from flops.wire.services import AggregatorConfig
 from flops.wire.training import EVALUATE, TRAIN, Array, Message
 
+_Told = dict[str, tuple[str, dict[str, Any]]]  # by learner: its node, and the header of its answer
+
 
 @dataclass(frozen=True)
 class FinishedRound:
@@ -79,14 +81,7 @@ class RoundRunner:
         """
         started = time.monotonic()
         self._on_start(number, [link.learner for link in self._server.idle()])
-        train = self._collect(
-            _Phase(TRAIN, number, self._config.min_fit_clients),
-            lambda: self._strategy.configure_train(number, parameters, self._grid),
-            lambda answer: _problem_of_training(answer, parameters),
-        )
-        # In a fixed order: sums of floating point numbers depend on it.
-        replies = [_train_reply(train.answers[name]) for name in sorted(train.answers)]
-        aggregated = self._strategy.aggregate_train(number, replies)
+        aggregated, trained, left_out = self._train(number, parameters)
         evaluate = self._collect(
             _Phase(EVALUATE, number, self._config.min_evaluate_clients),
             lambda: self._strategy.configure_evaluate(number, aggregated, self._grid),
@@ -98,11 +93,23 @@ class RoundRunner:
             accuracy=metrics.pop("accuracy", None),
             loss=metrics.pop("loss", None),
             metrics=metrics,
-            participants=_participants(train, evaluate),
-            left_out=tuple(sorted(name for name in train.parts if name not in train.answers)),
+            participants=_participants(trained, _told_by(evaluate)),
+            left_out=left_out,
             duration_s=time.monotonic() - started,
         )
         return FinishedRound(aggregated, record)
+
+    def _train(self, number: int, parameters: list[Array]) -> tuple[list[Array], _Told, tuple[str, ...]]:
+        """The new parameters, what their learners told, and who was left out; all else is freed here."""
+        phase = self._collect(
+            _Phase(TRAIN, number, self._config.min_fit_clients),
+            lambda: self._strategy.configure_train(number, parameters, self._grid),
+            lambda answer: _problem_of_training(answer, parameters),
+        )
+        # In a fixed order: sums of floating point numbers depend on it.
+        replies = [_train_reply(phase.answers[name]) for name in sorted(phase.answers)]
+        aggregated = self._strategy.aggregate_train(number, replies)
+        return aggregated, _told_by(phase), tuple(sorted(set(phase.parts) - set(phase.answers)))
 
     def _collect(
         self,
@@ -172,6 +179,10 @@ def _problem_of_training(reply: Message, parameters: Sequence[Array]) -> str | N
     return None
 
 
+def _told_by(phase: _Phase) -> _Told:
+    return {name: (answer.node, _reply_of(answer).header) for name, answer in phase.answers.items()}
+
+
 def _train_reply(answer: Answer) -> FlowerMessage:
     reply = _reply_of(answer)
     metrics: dict[str, Any] = {ROWS: int(reply.header["rows"])}
@@ -202,19 +213,19 @@ def _evaluate_replies(phase: _Phase) -> list[FlowerMessage]:
     ]
 
 
-def _participants(train: _Phase, evaluate: _Phase) -> tuple[Participant, ...]:
+def _participants(trained: _Told, evaluated: _Told) -> tuple[Participant, ...]:
     found = []
-    for learner in sorted({*train.answers, *evaluate.answers}):
-        trained, evaluated = train.answers.get(learner), evaluate.answers.get(learner)
-        after = _reply_of(evaluated).header if evaluated else {}
-        numbers = after.get("metrics", {})
+    for learner in sorted({*trained, *evaluated}):
+        node, fit = trained.get(learner, ("", {}))
+        other, evaluation = evaluated.get(learner, ("", {}))
+        numbers = evaluation.get("metrics", {})
         found.append(
             Participant(
                 learner=learner,
-                node=(trained or evaluated).node,  # type: ignore[union-attr]  # one of them is there
-                rows=int(_reply_of(trained).header["rows"]) if trained else 0,
-                fit_s=float(_reply_of(trained).header["seconds"]) if trained else 0.0,
-                evaluate_s=float(after.get("seconds", 0.0)),
+                node=node or other,
+                rows=int(fit.get("rows", 0)),
+                fit_s=float(fit.get("seconds", 0.0)),
+                evaluate_s=float(evaluation.get("seconds", 0.0)),
                 accuracy=numbers.get("accuracy"),
                 loss=numbers.get("loss"),
             )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.serverapp import strategy as flower
 
+from flops.actor import ActorContext, EventLog
+from flops.adapters.memory_tracker import MemoryTracker
 from flops.core.sla import Strategy, StrategyName
 from flops.core.strategies import STRATEGY_PARAMETERS
 from flops.errors import ErrorCode, FlopsError
+from flops.trainer.aggregator import main
 from flops.trainer.grid import ROWS, FlightGrid, reply_with
 from flops.trainer.links import LearnerServer, Link
 from flops.trainer.strategy import RoundStrategy
@@ -125,3 +129,24 @@ def test_parameters_are_flowers(name: str) -> None:
         if isinstance(parameter.default, float | int) and not key.startswith(("fraction_", "min_"))
     }
     assert numeric <= set(STRATEGY_PARAMETERS[name])
+
+
+def test_a_configuration_with_a_wrong_strategy_is_refused(tmp_path: Path) -> None:
+    raw = {
+        "project_id": "p1",
+        "customer_id": "Admin",
+        "flavor": "sklearn",
+        "rounds": 1,
+        "min_available_clients": 1,
+        "min_fit_clients": 1,
+        "min_evaluate_clients": 1,
+        "learner_token": "secret",
+        "tracking_uri": "memory",
+        "model_name": "model",
+        "strategy": {"name": "FedProx", "parameters": {"mu": 1.0}},
+    }
+    context = ActorContext("aggregator-p1", "p1", "node", str(tmp_path), config=raw)
+    with pytest.raises(FlopsError) as caught:
+        main(context, EventLog(tmp_path), lambda _: MemoryTracker(), {})
+    assert caught.value.code is ErrorCode.STRATEGY_INVALID
+    assert "FedProx has no parameter 'mu'" in caught.value.message
