@@ -200,13 +200,14 @@ class GitRepos:
         folder = self._cache_dir / "fetching"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.iterdir():
-                _remove_if_abandoned(old)
-            with (
-                tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name,
-                _held(Path(name)),
-            ):
-                yield Path(name)
+            with contextlib.ExitStack() as held:
+                with _held(folder):  # nobody may sweep away a folder before it is marked as in use
+                    for old in folder.iterdir():
+                        _remove_if_abandoned(old)
+                    scratch = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
+                    name = Path(held.enter_context(scratch))
+                    held.enter_context(_held(name))
+                yield name
         except OSError as exc:
             raise file_error(exc, self._cache_dir) from exc
 
