@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flops.core.project import Environment
 from flops.errors import ErrorCode, FlopsError
-from flops.wiring import open_data_catalog
-from flops.wiring_node import NodeParts, run_node_daemon
+from flops.wiring.data import open_data_catalog
+from flops.wiring.node import NodeParts, run_node_daemon
 
 INTERPRETER = """#!{python}
 import pathlib, sys

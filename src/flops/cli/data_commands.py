@@ -213,7 +213,7 @@ def _connected(server: str | None, token_file: Path | None, home: Path | None) -
 
 
 def _folder(home: Path | None) -> Path:
-    from flops.wiring import node_paths
+    from flops.wiring.node_files import node_paths
 
     return node_paths(home).data_server
 

@@ -29,7 +29,7 @@ DISABLED = "❌ Disabled"
 
 def paths_of(context: typer.Context) -> NodePaths:
     """The files of the node that the command line means."""
-    from flops.wiring import node_paths
+    from flops.wiring.node_files import node_paths
 
     home: Path | None = context.find_root().obj
     return node_paths(home)
@@ -42,7 +42,7 @@ def load_configuration(paths: NodePaths) -> NodeConfiguration:
         FlopsError: ``config_corrupt``, ``file_unreadable``.
     """
     from flops.node.configuration import NodeConfiguration
-    from flops.wiring import node_conf_file
+    from flops.wiring.node_files import node_conf_file
 
     return NodeConfiguration(node_conf_file(paths).load())
 
@@ -56,7 +56,7 @@ def change_configuration(
         FlopsError: ``config_corrupt``, ``file_unreadable``, ``disk_full``.
     """
     from flops.node.configuration import NodeConfiguration
-    from flops.wiring import node_conf_file
+    from flops.wiring.node_files import node_conf_file
 
     def update(raw: dict[str, Any]) -> dict[str, Any]:
         return dict(change(NodeConfiguration(raw)).raw)
@@ -67,7 +67,7 @@ def change_configuration(
 @config.command("default")
 def write_default(context: typer.Context) -> None:
     """Write the default configuration, whatever is there."""
-    from flops.wiring import node_conf_file
+    from flops.wiring.node_files import node_conf_file
 
     paths = paths_of(context)
     node_conf_file(paths).reset()

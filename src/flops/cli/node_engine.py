@@ -122,7 +122,7 @@ def _tell_join(context: typer.Context) -> None:
 def _stay(context: typer.Context) -> None:
     """Stay in the foreground until Ctrl+C, which stops the NodeEngine."""
     from flops.cli.node_process import follow_log, is_run_by_systemd, stop_daemon
-    from flops.wiring import run_node
+    from flops.wiring.node import run_node_daemon
 
     paths = paths_of(context)
     if is_run_by_systemd(paths):
@@ -133,7 +133,7 @@ def _stay(context: typer.Context) -> None:
         return
     print_line(STARTED)
     home: Path | None = context.obj
-    code = run_node(["--foreground", *([] if home is None else ["--home", str(home)])])
+    code = run_node_daemon(["--foreground", *([] if home is None else ["--home", str(home)])])
     if code != 0:
         raise typer.Exit(code)
     say("Exiting...")
@@ -163,7 +163,7 @@ def status(context: typer.Context, output_format: FormatOption = OutputFormat.TA
 def stop(context: typer.Context) -> None:
     """Stop the NodeEngine with its addons and the services that run on this node."""
     from flops.cli.node_process import stop_daemon
-    from flops.wiring import end_node_leftovers
+    from flops.wiring.node_files import end_node_leftovers
 
     paths = paths_of(context)
     if stop_daemon(paths):

@@ -33,7 +33,7 @@ TOKEN_FILE = "admin.token"  # noqa: S105 (a file's name)
 SECRET_FILE = "secret"  # noqa: S105 (a file's name)
 
 
-def run_control_plane_process(arguments: list[str]) -> int:
+def run_control_plane(arguments: list[str]) -> int:
     """Run the control plane until it is told to stop; returns its exit code."""
     settings = ControlSettings.read(None, **_parse(arguments))
     configure_logging(settings.log_level)

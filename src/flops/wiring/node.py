@@ -1,4 +1,4 @@
-"""Joins the parts of a node's daemon. A part of `flops.wiring`, apart because importing it takes its time."""
+"""Joins the parts of a node's daemon."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
-from flops.wiring import node_conf_file, node_paths, open_data_catalog, open_environments
+from flops.wiring.data import open_data_catalog
+from flops.wiring.node_files import node_conf_file, node_paths
+from flops.wiring.services import open_environments
 
 _LOG_BYTES = 8 * 1024**2
 

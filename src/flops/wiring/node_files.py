@@ -1,0 +1,43 @@
+"""Where a node keeps its files, for its daemon and its commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flops.adapters.conf_file import ConfFile
+    from flops.node.paths import NodePaths
+
+
+def node_paths(home: Path | None = None) -> NodePaths:
+    """Where a node's files are: below `home`, else as the settings and the user's rights say."""
+    import os
+
+    from flops.node.paths import NodePaths
+    from flops.settings import NodeSettings
+
+    settings = NodeSettings.read(node_home=home)
+    folder = settings.node_home
+    if folder is None and "home" not in settings.model_fields_set and os.geteuid() == 0:
+        log = Path("/var/log/oakestra/nodeengine.log")
+        return NodePaths(Path("/var/lib/flops"), Path("/etc/oakestra/conf.json"), log, is_system=True)
+    folder = (folder or settings.home / "node").expanduser().absolute()
+    return NodePaths(folder, folder / "conf.json", folder / "nodeengine.log")
+
+
+def node_conf_file(paths: NodePaths) -> ConfFile:
+    """The file with what a node's operator configured."""
+    from flops.adapters.conf_file import ConfFile
+    from flops.node.configuration import check_configuration, default_configuration
+
+    return ConfFile(paths.conf, lambda: dict(default_configuration().raw), check_configuration)
+
+
+def end_node_leftovers(paths: NodePaths) -> int:
+    """End what a killed daemon left running; returns how many services and addons that were."""
+    if not (paths.runtime.is_dir() or paths.addon_runtime.is_dir()):
+        return 0
+    from flops.wiring.node import end_leftovers
+
+    return end_leftovers(paths)

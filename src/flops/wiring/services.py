@@ -1,0 +1,80 @@
+"""Joins the services that run in our own environment: builder, aggregator, mock data provider."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flops.ports import Environments
+
+
+def run_builder(arguments: list[str]) -> int:
+    """Run a builder: a service, given its context file."""
+    from flops.actor import run_actor
+    from flops.builder.builder import main as build
+
+    return run_actor(lambda context, events: build(context, events, open_environments), ["", *arguments])
+
+
+def run_aggregator(arguments: list[str]) -> int:
+    """Run an aggregator: a service, given its context file."""
+    import os
+
+    from flops.settings import inherited_environment, quiet_libraries
+
+    quiet_libraries()  # before Flower is imported
+
+    from flops.actor import run_actor
+    from flops.adapters.mlflow_tracker import MlflowTracker
+    from flops.log import configure_logging
+    from flops.trainer.aggregator import main as aggregate
+
+    configure_logging("INFO")
+    environ = inherited_environment()
+    code = run_actor(
+        lambda context, events: aggregate(context, events, MlflowTracker, environ), ["", *arguments]
+    )
+    # A learner that hangs must not keep the process: the interpreter would wait for its thread.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_mock_data_provider(arguments: list[str]) -> int:
+    """Run a mock data provider: a service, given its context file."""
+    import pyarrow as pa
+
+    from flops.actor import run_actor
+    from flops.adapters.blob_client import HttpBlobClient
+    from flops.adapters.data_files import open_data
+    from flops.adapters.flight_client import FlightDataClient
+    from flops.mockdata.hub import load_from_hub
+    from flops.mockdata.provider import MockDataProvider
+
+    def read_file(path: Path) -> pa.Table:
+        source = open_data(path)
+        return pa.Table.from_batches(source.batches, schema=source.schema)
+
+    provider = MockDataProvider(
+        open_sink=FlightDataClient,
+        fetch_blob=lambda url, digest, path: HttpBlobClient(url).fetch(digest, path),
+        read_file=read_file,
+        load_from_hub=load_from_hub,
+    )
+    return run_actor(provider.run, ["mock-data-provider", *arguments])
+
+
+def open_environments(root: Path) -> Environments:
+    """The environments in a folder of this machine, built by uv."""
+    from importlib.metadata import version
+
+    import uv
+
+    from flops.adapters.uv_environments import UvEnvironments
+    from flops.settings import inherited_environment
+
+    return UvEnvironments(
+        root, uv=Path(uv.find_uv_bin()), environ=inherited_environment(), mlflow_version=version("mlflow")
+    )
