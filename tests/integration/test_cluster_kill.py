@@ -34,10 +34,10 @@ from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.system_clock import SystemClock
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
-from flops.orchestrator.server import ClusterServer
+from flops.adapters.http_server import HttpServer
 
 orchestrator = ClusterOrchestrator(SqlClusterStore(Path(sys.argv[1])), SystemClock())
-server = ClusterServer(build_app(orchestrator, MemoryBlobs()), "127.0.0.1", 0)
+server = HttpServer(build_app(orchestrator, MemoryBlobs()), "127.0.0.1", 0)
 server.start()
 print(server.port, flush=True)
 threading.Event().wait()

@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.http_server import HttpServer
 from flops.adapters.memory_blobs import MemoryBlobs
 from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.core.cluster import NodeFacts, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
@@ -25,7 +26,6 @@ from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
-from flops.orchestrator.server import ClusterServer
 from flops.wire.node import (
     FROM_CLUSTER,
     Acknowledged,
@@ -73,7 +73,7 @@ class Cluster:
         self.orchestrator = ClusterOrchestrator(self.store, self.clock, logs_timeout_s=0.5)
         blobs = FileBlobs(self._folder / "blobs")
         app = build_app(self.orchestrator, blobs, max_blob_bytes=MAX_BLOB_BYTES)
-        self._server = ClusterServer(app, "127.0.0.1", self.port)
+        self._server = HttpServer(app, "127.0.0.1", self.port)
         self._server.start()
         self.port = self._server.port
 
@@ -452,13 +452,13 @@ def test_bodies_are_json(cluster: Cluster) -> None:
 
 def test_an_occupied_port_is_told(cluster: Cluster) -> None:
     with pytest.raises(FlopsError) as caught:
-        ClusterServer(build_app(cluster.orchestrator, MemoryBlobs()), "127.0.0.1", cluster.port).start()
+        HttpServer(build_app(cluster.orchestrator, MemoryBlobs()), "127.0.0.1", cluster.port).start()
     assert caught.value.code is ErrorCode.PORT_OCCUPIED
     assert str(cluster.port) in caught.value.message
 
 
 def test_an_address_of_another_machine_is_told(cluster: Cluster) -> None:
     with pytest.raises(FlopsError) as caught:
-        ClusterServer(build_app(cluster.orchestrator, MemoryBlobs()), "192.0.2.1", 0).start()
+        HttpServer(build_app(cluster.orchestrator, MemoryBlobs()), "192.0.2.1", 0).start()
     assert caught.value.code is ErrorCode.CONFIG_INVALID
     assert "192.0.2.1" in caught.value.message

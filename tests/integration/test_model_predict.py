@@ -20,9 +20,9 @@ from PIL import Image
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from flops.actor import ActorContext
+from flops.adapters.http_server import HttpServer
 from flops.cli.prediction import predict_file
 from flops.errors import ErrorCode, FlopsError
-from flops.orchestrator.server import ClusterServer
 from flops.serving.app import Model, application
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -52,7 +52,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         )
         context = ActorContext(service_id="i", project_id="p", node_name="n", work_dir=str(folder))
         app = application(Model(folder / name), context, lambda: None)
-        server = ClusterServer(app, "127.0.0.1", 0)
+        server = HttpServer(app, "127.0.0.1", 0)
         server.start()
         servers.append(server)
         found[name] = f"http://127.0.0.1:{server.port}"

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.http_server import HttpServer
 from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.system_clock import SystemClock
 from flops.core.cluster import Resources, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
@@ -29,7 +30,6 @@ from flops.node.home import running_pid
 from flops.node.report import read_report
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
-from flops.orchestrator.server import ClusterServer
 from flops.testing.deployment import free_ports
 
 SLEEP = "import time; events.tell('progress', message='up'); time.sleep(600)"
@@ -54,7 +54,7 @@ class Cluster:
         self._store = SqlClusterStore(self._folder / "cluster.sqlite")
         self.blobs = FileBlobs(self._folder / "blobs")
         self.orchestrator = ClusterOrchestrator(self._store, SystemClock())
-        self._server = ClusterServer(build_app(self.orchestrator, self.blobs), "127.0.0.1", self.port)
+        self._server = HttpServer(build_app(self.orchestrator, self.blobs), "127.0.0.1", self.port)
         self._server.start()
 
     def stop(self) -> None:

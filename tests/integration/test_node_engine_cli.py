@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flops.adapters.http_server import HttpServer
 from flops.adapters.memory_blobs import MemoryBlobs
 from flops.adapters.memory_cluster_store import MemoryClusterStore
 from flops.adapters.system_clock import SystemClock
@@ -25,7 +26,6 @@ from flops.errors import CATALOGUE, ErrorCode
 from flops.node.home import running_pid
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
-from flops.orchestrator.server import ClusterServer
 from flops.testing.deployment import free_ports
 
 NODE_ENGINE = str(Path(sys.executable).with_name("NodeEngine"))
@@ -118,7 +118,7 @@ def port() -> int:
 @pytest.fixture
 def cluster(port: int) -> Iterator[ClusterOrchestrator]:
     orchestrator = ClusterOrchestrator(MemoryClusterStore(), SystemClock())
-    server = ClusterServer(build_app(orchestrator, MemoryBlobs()), "127.0.0.1", port)
+    server = HttpServer(build_app(orchestrator, MemoryBlobs()), "127.0.0.1", port)
     server.start()
     yield orchestrator
     server.close()
@@ -152,7 +152,7 @@ def test_a_cluster_that_is_away_is_told_and_tried_again(operator: Operator, port
     assert "keeps trying" in started.stderr
     assert "🔴 not connected" in operator.type("status").stdout
     orchestrator = ClusterOrchestrator(MemoryClusterStore(), SystemClock())
-    server = ClusterServer(build_app(orchestrator, MemoryBlobs()), "127.0.0.1", port)
+    server = HttpServer(build_app(orchestrator, MemoryBlobs()), "127.0.0.1", port)
     server.start()
     try:
         until(lambda: bool(orchestrator.nodes()))

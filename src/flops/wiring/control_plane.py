@@ -12,6 +12,7 @@ from typing import Any
 import flops
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.git_repos import GitRepos
+from flops.adapters.http_server import HttpServer
 from flops.adapters.mlflow_server import MlflowServer
 from flops.adapters.mlflow_tracker import MlflowTracker
 from flops.adapters.sql_cluster_store import SqlClusterStore
@@ -25,7 +26,6 @@ from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
-from flops.orchestrator.server import ClusterServer
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus
 
@@ -59,7 +59,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     blobs = FileBlobs(folder / "blobs")
     orchestrator = ClusterOrchestrator(SqlClusterStore(folder / "cluster.sqlite"), clock)
     cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
-    cluster = ClusterServer(cluster_app, settings.cluster_host, settings.cluster_port)
+    cluster = HttpServer(cluster_app, settings.cluster_host, settings.cluster_port)
     cluster.start()
     parts.callback(cluster.close)
 
@@ -104,7 +104,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         )
 
     app = build_manager_app(engine, token=token, status=status, blobs=blobs)
-    manager = ClusterServer(app, settings.host, settings.manager_port)
+    manager = HttpServer(app, settings.host, settings.manager_port)
     manager.start()
     parts.callback(manager.close)
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from flops.adapters.http_server import HttpServer
 from flops.cli.flops import main
 from flops.manager.app import build_app
-from flops.orchestrator.server import ClusterServer
 from flops.testing.projects import PlayedCluster, played_cluster
 from flops.wire.rest import ControlStatus
 
@@ -51,7 +51,7 @@ class Manager:
 
     def start(self) -> None:
         app = build_app(self.cluster.engine, token=TOKEN, status=self.status, blobs=self.cluster.blobs)
-        self._server = ClusterServer(app, "127.0.0.1", self.port)
+        self._server = HttpServer(app, "127.0.0.1", self.port)
         self._server.start()
         self.port = self._server.port
 

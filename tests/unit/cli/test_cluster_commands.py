@@ -191,12 +191,12 @@ def test_something_else_on_the_port_is_told(command: Flops, tmp_path: Path) -> N
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
-    from flops.orchestrator.server import ClusterServer
+    from flops.adapters.http_server import HttpServer
 
     async def answer(_: Any) -> PlainTextResponse:
         return PlainTextResponse("hello")
 
-    server = ClusterServer(Starlette(routes=[Route("/api/flops/nodes", answer)]), "127.0.0.1", 0)
+    server = HttpServer(Starlette(routes=[Route("/api/flops/nodes", answer)]), "127.0.0.1", 0)
     server.start()
     (tmp_path / "token").write_text("token")
     options = ["--url", f"http://127.0.0.1:{server.port}", "--token-file", tmp_path / "token"]

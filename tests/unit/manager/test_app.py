@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
+from flops.adapters.http_server import HttpServer
 from flops.adapters.memory_store import MemoryProjectStore
 from flops.core.cluster import ServiceState
 from flops.core.ids import ProjectId, ServiceId
 from flops.core.project import Stage
 from flops.errors import CATALOGUE, ErrorCode
 from flops.manager.app import build_app
-from flops.orchestrator.server import ClusterServer
 from flops.testing.projects import PlayedCluster, played_cluster, raw_sla
 from flops.wire.rest import ControlStatus, ErrorBody
 
@@ -70,7 +70,7 @@ class Api:
     def __init__(self, cluster: PlayedCluster) -> None:
         self.cluster = cluster
         app = build_app(cluster.engine, token=TOKEN, status=_status, blobs=cluster.blobs)
-        self.server = ClusterServer(app, "127.0.0.1", 0)
+        self.server = HttpServer(app, "127.0.0.1", 0)
         self.server.start()
         self.url = f"http://127.0.0.1:{self.server.port}"
         self.client = httpx.Client(

@@ -1,4 +1,4 @@
-"""Serves the cluster's application on its port, in a thread of this process."""
+"""Serves an ASGI application on a port, in a thread of this process."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class _NodeProtocol(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
 
 
-class ClusterServer:
-    """The cluster's port, from `start` to `close`.
+class HttpServer:
+    """A server of the control plane, from `start` to `close`.
 
     Args:
-        app: what `flops.orchestrator.app.build_app` returns.
+        app: what it serves.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
     """
@@ -77,9 +77,7 @@ class ClusterServer:
         """
         listener = _listen(self._host, self._port)
         self._port = listener.getsockname()[1]
-        self._thread = threading.Thread(
-            target=self._serve, args=(listener,), name="cluster-server", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, args=(listener,), name="http-server", daemon=True)
         self._thread.start()
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not self._server.started:
