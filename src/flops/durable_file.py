@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import uuid
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def write_durably(path: Path, text: str, *, mode: int = 0o600) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise file_error(exc, path) from exc
+
+
+def keep_token(path: Path) -> str:
+    """Read a random token from a file that only its owner can read; made when it is first asked for.
+
+    Raises:
+        FlopsError: ``config_corrupt`` when the file is empty; ``disk_full``, ``file_unreadable``.
+    """
+    if not path.exists():
+        write_durably(path, secrets.token_urlsafe(32) + "\n")
+    token = path.read_text().strip()
+    if not token:
+        raise FlopsError(
+            ErrorCode.CONFIG_CORRUPT,
+            f"The token file {path} is empty.",
+            hint="Delete the file: a new token is made at the next start; tokens made from the old one end.",
+        )
+    return token
 
 
 def sync_folder(folder: Path) -> None:

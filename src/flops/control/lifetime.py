@@ -11,9 +11,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 
 ENDPOINT_FILE = "endpoint.json"
@@ -37,26 +37,22 @@ def run_until_told(folder: Path, start: Callable[[contextlib.ExitStack], Mapping
     folder.mkdir(parents=True, exist_ok=True)
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: _set(told, _frame))
+        signal.signal(number, lambda *_: told.set())
     try:
         with _only_one(folder / LOCK_FILE), contextlib.ExitStack() as parts:
             (folder / STARTUP_ERROR_FILE).unlink(missing_ok=True)
             endpoint = {"pid": os.getpid(), **start(parts)}
             parts.callback((folder / ENDPOINT_FILE).unlink, missing_ok=True)
-            _write_whole(folder / ENDPOINT_FILE, endpoint)
+            write_durably(folder / ENDPOINT_FILE, json.dumps(endpoint), mode=0o644)
             _log.info("The control plane is ready at %s", endpoint.get("manager_url"))
             told.wait()
             _log.info("The control plane stops")
     except FlopsError as exc:
         _log.exception("The control plane did not start")
         if exc.code is not ErrorCode.ALREADY_RUNNING:
-            _write_whole(folder / STARTUP_ERROR_FILE, exc.to_dict())
+            write_durably(folder / STARTUP_ERROR_FILE, json.dumps(exc.to_dict()), mode=0o644)
         return exc.spec.exit_code
     return 0
-
-
-def _set(told: threading.Event, _frame: FrameType | None) -> None:
-    told.set()
 
 
 @contextlib.contextmanager
@@ -69,12 +65,3 @@ def _only_one(path: Path) -> Iterator[None]:
                 ErrorCode.ALREADY_RUNNING, f"A control plane runs already with its state in {path.parent}."
             ) from exc
         yield
-
-
-def _write_whole(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -6,12 +6,11 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from flops.durable_file import write_durably
+from flops.durable_file import keep_token, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import ENDPOINT_FILE, TOKEN_FILE
 
@@ -24,17 +23,7 @@ def admin_token(folder: Path) -> str:
     Raises:
         FlopsError: ``config_corrupt`` when the file is empty.
     """
-    path = folder / TOKEN_FILE
-    if not path.exists():
-        write_durably(path, secrets.token_urlsafe(32) + "\n")
-    token = path.read_text().strip()
-    if not token:
-        raise FlopsError(
-            ErrorCode.CONFIG_CORRUPT,
-            f"The token file {path} is empty.",
-            hint="Delete the file: a new token is made at the next start; tokens made from the old one end.",
-        )
-    return token
+    return keep_token(folder / TOKEN_FILE)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import flops
@@ -20,6 +18,7 @@ from flops.adapters.sql_store import SqlProjectStore
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_environments import this_platform
 from flops.control.lifetime import run_until_told
+from flops.durable_file import keep_token
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
@@ -50,7 +49,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     folder = settings.control_dir
     clock = SystemClock()
     started_at_s = clock.now_s()
-    token = _secret_in(folder / TOKEN_FILE)
+    token = keep_token(folder / TOKEN_FILE)
 
     tracking = MlflowServer(folder / "mlflow", settings.host, settings.tracking_port, inherited_environment())
     tracking.start()
@@ -77,12 +76,11 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         clock=clock,
         options=EngineOptions(
             tracking_uri=tracking.url,
-            secret=_secret_in(folder / SECRET_FILE).encode(),
+            secret=keep_token(folder / SECRET_FILE).encode(),
             inference_port=settings.inference_port,
         ),
         tracker=MlflowTracker(tracking.url),
     )
-    engine.start()
 
     def status() -> ControlStatus:
         nodes = orchestrator.nodes()
@@ -105,18 +103,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 
     app = build_manager_app(engine, token=token, status=status, blobs=blobs)
     manager = HttpServer(app, settings.host, settings.manager_port)
-    manager.start()
     parts.callback(manager.close)
+    engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
+    manager.start()
     return status().model_dump()
-
-
-def _secret_in(path: Path) -> str:
-    """The secret kept in a file that only its owner can read; made at the first start."""
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.touch(mode=0o600)
-        temporary.write_text(secrets.token_urlsafe(32))
-        temporary.replace(path)
-    return path.read_text().strip()

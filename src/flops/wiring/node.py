@@ -76,7 +76,7 @@ class NodeParts:
 def node_parts(paths: NodePaths) -> NodeParts:
     """The parts of a real node."""
     return NodeParts(
-        environments=open_environments(paths.home / "environments"),
+        environments=open_environments(paths.environments),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
     )
