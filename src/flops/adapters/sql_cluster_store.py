@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from flops.adapters.sql_engine import open_sqlite
+from flops.adapters.sql_engine import SqliteFile
 from flops.core.cluster import ClusterEvent, Node, Service
 from flops.core.ids import ServiceId
-from flops.errors import ErrorCode, FlopsError
 
 SCHEMA_VERSION = 1
 
@@ -72,10 +68,9 @@ class SqlClusterStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._engine = open_sqlite(path)
+        self._file = SqliteFile(path, "cluster")
         try:
-            with self._transaction() as connection:
+            with self._file.transaction() as connection:
                 self._prepare(connection)
         except BaseException:
             self.close()
@@ -83,38 +78,38 @@ class SqlClusterStore:
 
     def close(self) -> None:
         """Close the file."""
-        self._engine.dispose()
+        self._file.close()
 
     def put_node(self, node: Node) -> None:
         """Store a node, replacing an earlier record of the same id."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             _put(connection, _NodeRow, node.id, node.model_dump_json())
 
     def nodes(self) -> list[Node]:
         """All nodes, in the order they joined."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             rows = connection.execute(select(_NodeRow.document).order_by(_NodeRow.position)).scalars()
             return [Node.model_validate_json(document) for document in rows]
 
     def remove_node(self, node_id: str) -> None:
         """Forget a node."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(delete(_NodeRow).where(_NodeRow.id == node_id))
 
     def put_service(self, service: Service) -> None:
         """Store a service, replacing an earlier record of the same id."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             _put(connection, _ServiceRow, service.spec.id, service.model_dump_json())
 
     def services(self) -> list[Service]:
         """All services, oldest first."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             rows = connection.execute(select(_ServiceRow.document).order_by(_ServiceRow.position)).scalars()
             return [Service.model_validate_json(document) for document in rows]
 
     def remove_service(self, service_id: ServiceId) -> None:
         """Forget a service."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(delete(_ServiceRow).where(_ServiceRow.id == service_id))
 
     def append_event(
@@ -134,7 +129,7 @@ class SqlClusterStore:
             "document": event.model_copy(update={"seq": 0}).model_dump_json(),
         }
         statement = insert(_EventRow).values(row).on_conflict_do_nothing(index_elements=["dedup_key"])
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             seq = connection.execute(statement.returning(_EventRow.seq)).scalar_one_or_none()
             if seq is None:
                 return None
@@ -147,7 +142,7 @@ class SqlClusterStore:
     def events(self, *, after: int = 0, limit: int = 1000) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""
         query = select(_EventRow.seq, _EventRow.document).where(_EventRow.seq > after)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             rows = connection.execute(query.order_by(_EventRow.seq).limit(limit))
             return [
                 ClusterEvent.model_validate_json(document).model_copy(update={"seq": seq})
@@ -157,7 +152,7 @@ class SqlClusterStore:
     def last_lines(self) -> dict[str, int]:
         """Per service, the highest `line` among its ``actor`` events."""
         query = select(_EventRow.service_id, func.max(_EventRow.line)).where(_EventRow.kind == "actor")
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             return {
                 service_id: line
                 for service_id, line in connection.execute(query.group_by(_EventRow.service_id))
@@ -168,25 +163,7 @@ class SqlClusterStore:
         first = insert(_SchemaRow).values(id=1, version=SCHEMA_VERSION).on_conflict_do_nothing()
         connection.execute(first)
         version = connection.execute(select(_SchemaRow.version)).scalar_one()
-        if version != SCHEMA_VERSION:
-            raise FlopsError(
-                ErrorCode.CONFLICT,
-                f"{self._path} has schema version {version}; this FLOps knows version {SCHEMA_VERSION}.",
-                hint="Use the FLOps version that wrote the file, or move the file away to begin anew.",
-            )
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except SQLAlchemyError as exc:
-            reason = str(getattr(exc, "orig", None) or exc)
-            is_full = "disk is full" in reason
-            raise FlopsError(
-                ErrorCode.DISK_FULL if is_full else ErrorCode.INTERNAL,
-                f"The cluster's database {self._path} cannot be used: {reason}.",
-            ) from exc
+        self._file.check_version(version, SCHEMA_VERSION)
 
 
 def _put(connection: Connection, table: type[_NodeRow | _ServiceRow], key: str, document: str) -> None:

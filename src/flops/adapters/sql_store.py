@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from flops.adapters.sql_engine import open_sqlite
+from flops.adapters.sql_engine import SqliteFile
 from flops.core.effects import Effect
 from flops.core.ids import EnvironmentKey, ProjectId
 from flops.core.project import Environment, MockData, Project, ProjectEvent
@@ -88,10 +86,9 @@ class SqlProjectStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._engine = open_sqlite(path)
+        self._file = SqliteFile(path, "manager")
         try:
-            with self._transaction() as connection:
+            with self._file.transaction() as connection:
                 self._prepare(connection)
         except BaseException:
             self.close()
@@ -99,12 +96,12 @@ class SqlProjectStore:
 
     def close(self) -> None:
         """Close the file."""
-        self._engine.dispose()
+        self._file.close()
 
     def add(self, project: Project, events: Sequence[ProjectEvent], effects: Sequence[Effect]) -> None:
         """Store a new project."""
         row = {"id": project.id, **_columns(project)}
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             statement = insert(_ProjectRow).values(row).on_conflict_do_nothing(index_elements=["id"])
             if connection.execute(statement).rowcount == 0:
                 raise FlopsError(ErrorCode.CONFLICT, f"Project {project.id} is stored already.")
@@ -120,7 +117,7 @@ class SqlProjectStore:
     ) -> None:
         """Store a changed project with its history, effects and the cursor."""
         is_next = (_ProjectRow.id == project.id) & (_ProjectRow.version == project.version - 1)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             changed = connection.execute(update(_ProjectRow).where(is_next).values(_columns(project)))
             if changed.rowcount == 0:
                 raise FlopsError(
@@ -134,7 +131,7 @@ class SqlProjectStore:
     def get(self, project_id: ProjectId) -> Project:
         """Load a project."""
         query = select(_ProjectRow.document).where(_ProjectRow.id == project_id)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             document = connection.execute(query).scalar_one_or_none()
         if document is None:
             raise FlopsError(ErrorCode.PROJECT_NOT_FOUND, f"Project {project_id} does not exist.")
@@ -147,7 +144,7 @@ class SqlProjectStore:
 
     def delete(self, project_id: ProjectId) -> None:
         """Remove a project with its history and effects."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(delete(_ProjectRow).where(_ProjectRow.id == project_id))
             connection.execute(delete(_EventRow).where(_EventRow.project_id == project_id))
             connection.execute(delete(_EffectRow).where(_EffectRow.project_id == project_id))
@@ -167,17 +164,17 @@ class SqlProjectStore:
 
     def finish_effect(self, key: str) -> None:
         """Mark an effect as done."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(update(_EffectRow).where(_EffectRow.key == key).values(is_done=True))
 
     def cursor(self) -> int:
         """The last cluster event that has been taken in."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             return connection.execute(select(_StateRow.cursor)).scalar_one()
 
     def move_cursor(self, seq: int) -> None:
         """Set the cursor."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(update(_StateRow).values(cursor=seq))
 
     def put_environment(self, environment: Environment) -> None:
@@ -191,7 +188,7 @@ class SqlProjectStore:
 
     def forget_environments(self) -> int:
         """Forget all locked environments."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             count = connection.execute(select(func.count()).select_from(_EnvironmentRow)).scalar_one()
             connection.execute(delete(_EnvironmentRow))
             return count
@@ -207,7 +204,7 @@ class SqlProjectStore:
 
     def reset(self) -> None:
         """Forget everything but the cursor."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             for table in (_ProjectRow, _EventRow, _EffectRow, _EnvironmentRow, _MockDataRow):
                 connection.execute(delete(table))
 
@@ -216,44 +213,22 @@ class SqlProjectStore:
         first = insert(_StateRow).values(id=1, schema_version=SCHEMA_VERSION, cursor=0)
         connection.execute(first.on_conflict_do_nothing())
         version = connection.execute(select(_StateRow.schema_version)).scalar_one()
-        if version != SCHEMA_VERSION:
-            raise FlopsError(
-                ErrorCode.CONFLICT,
-                f"{self._path} has schema version {version}; this FLOps knows version {SCHEMA_VERSION}.",
-                hint="Use the FLOps version that wrote the file, or move the file away to begin anew.",
-            )
+        self._file.check_version(version, SCHEMA_VERSION)
 
     def _documents(self, query: Any) -> list[str]:
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             return list(connection.execute(query).scalars())
 
     def _put(
         self, table: type[_EnvironmentRow | _MockDataRow], key_column: str, key: str, document: str
     ) -> None:
         statement = insert(table).values({key_column: key, "document": document})
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(
                 statement.on_conflict_do_update(
                     index_elements=[key_column], set_={"document": statement.excluded.document}
                 )
             )
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except IntegrityError as exc:
-            raise FlopsError(
-                ErrorCode.CONFLICT, f"The manager's database {self._path} has this already: {exc.orig}."
-            ) from exc
-        except SQLAlchemyError as exc:
-            reason = str(getattr(exc, "orig", None) or exc)
-            is_full = "disk is full" in reason
-            raise FlopsError(
-                ErrorCode.DISK_FULL if is_full else ErrorCode.INTERNAL,
-                f"The manager's database {self._path} cannot be used: {reason}.",
-            ) from exc
 
 
 def _columns(project: Project) -> dict[str, Any]:
