@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 
 PID_FILE = "mlflow.pid"
@@ -258,9 +259,10 @@ def _write_pid(home: Path, pid: int) -> None:
         started_at_s = psutil.Process(pid).create_time()
     except psutil.Error:
         return  # it has ended already; the watcher sees to that
-    temporary = home / f"{PID_FILE}.tmp"
-    temporary.write_text(json.dumps({"pid": pid, "started_at_s": started_at_s}))
-    temporary.replace(home / PID_FILE)
+    try:
+        write_durably(home / PID_FILE, json.dumps({"pid": pid, "started_at_s": started_at_s}))
+    except FlopsError as exc:  # the child runs: to fail here would start a second one beside it
+        _logger.warning("MLflow server runs without its pid file: %s", exc)
 
 
 def _end(pid: int) -> None:
