@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus
+from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.node.preparation import Preparer
@@ -17,6 +18,7 @@ from flops.node.service_runner import ServiceRunner
 from flops.ports import Runtime
 
 STOP_TIMEOUT_S = 30.0
+_USAGE_FRESH_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Supervisor:
         self._runners: dict[ServiceId, ServiceRunner] = {}
         self._removals: dict[ServiceId, threading.Thread] = {}
         self._workers: set[threading.Thread] = set()
+        self._usages: dict[ServiceId, tuple[float, ServiceUsage]] = {}
 
     def adopt(self) -> None:
         """Take over the services that an earlier daemon left: those that run are watched.
@@ -107,6 +110,7 @@ class Supervisor:
         """End a service and remove everything of it. An unknown one is no error."""
         with self._lock:
             runner = self._runners.pop(service_id, None)
+            self._usages.pop(service_id, None)
             if runner is not None:
                 _log.info("%s is removed", service_id)
                 self._removals[service_id] = self._work(runner.remove)
@@ -143,11 +147,20 @@ class Supervisor:
         if not with_usage:
             return statuses
         return {
-            service_id: status.model_copy(update={"usage": self._runtime.usage(service_id)})
+            service_id: status.model_copy(update={"usage": self._usage(service_id)})
             if status.state is ServiceState.RUNNING
             else status
             for service_id, status in statuses.items()
         }
+
+    def _usage(self, service_id: ServiceId) -> ServiceUsage:
+        """Measured once for all who ask at about the same time: CPU counts since the last measurement."""
+        now_s = time.monotonic()
+        measured_at_s, usage = self._usages.get(service_id, (-_USAGE_FRESH_S, ServiceUsage()))
+        if now_s - measured_at_s >= _USAGE_FRESH_S:
+            usage = self._runtime.usage(service_id)
+            self._usages[service_id] = (now_s, usage)
+        return usage
 
     def events_file(self, service_id: ServiceId) -> Path:
         """The event log of a service."""
