@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flops.core.ids import Digest
+from flops.durable_file import sync_folder
 from flops.errors import ErrorCode, FlopsError
 
 _CHUNK_BYTES = 1_048_576
@@ -148,8 +149,8 @@ class FileUpload:
             final.parent.mkdir(exist_ok=True)
             self._path.chmod(0o600)
             self._path.replace(final)
-            _sync_folder(final.parent)
-            _sync_folder(final.parent.parent)
+            sync_folder(final.parent)
+            sync_folder(final.parent.parent)
 
     def discard(self) -> None:
         """Forget the bytes; nothing happens after `commit`."""
@@ -170,14 +171,6 @@ def _remove_if_abandoned(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _damaged(path: Path) -> FlopsError:

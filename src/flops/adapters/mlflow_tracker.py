@@ -332,7 +332,7 @@ class MlflowTracker:
             series = _Series(str(child["info"]["run_id"]), _LEARNER_MARK)
         else:
             series = self._read_series(str(child["info"]["run_id"]), _LEARNER_MARK)
-        self._learners.setdefault(run_id, {})[learner] = series
+        children[learner] = series
         return series
 
     def _upload_table(self, run_id: str, record: Round) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flops.core.dataset import Damage, Fragment, TagLimits
-from flops.durable_file import file_error, sync_folder, write_durably
+from flops.durable_file import file_error, sync_file, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
 
 ROW_GROUP_BYTES = 16 * 1_048_576  # of values in memory: what an upload and a reader hold at once
@@ -217,8 +217,7 @@ class ParquetUpload:
         self._write_row_group()
         with _translated(self._path):
             self._writer.close()
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(self._path)
 
     def publish(self, fragment_id: str, digest: str, first_row: int, rows: int) -> Fragment:
         """Move the file to its place, durably.

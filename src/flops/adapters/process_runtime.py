@@ -30,7 +30,6 @@ FOLDER_VARIABLE = "FLOPS_RUNTIME_FOLDER"  # likewise; tells services of several 
 _START_TIMEOUT_S = 15.0
 _KILL_TIMEOUT_S = 20.0
 _POLL_S = 0.02
-_LAST_LINES_BYTES = 2_000
 
 
 class Limiter(Protocol):

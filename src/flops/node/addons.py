@@ -17,6 +17,7 @@ from flops.core.ids import ServiceId
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.node.backoff import Backoff
 from flops.ports import DataCatalog, Runtime
+from flops.wire.flight import ENDPOINT_FILE
 
 DATA_SERVER = ServiceId("ml-data-server")
 CHECK_INTERVAL_S = 2.0
@@ -121,7 +122,6 @@ class DataServerAddon:
         self._pauses = Backoff(0.5, 30.0)
         self._start_at_s = 0.0
         self._started_at_s: float | None = None
-        self._port_note = ""
         self._is_port_taken = False
         self._catalog: DataCatalog | None = None
         self._tags: tuple[DataTag, ...] = ()
@@ -158,7 +158,7 @@ class DataServerAddon:
         return self._ask()
 
     def _start(self) -> None:
-        (self._plan.folder / "endpoint.json").unlink(missing_ok=True)
+        (self._plan.folder / ENDPOINT_FILE).unlink(missing_ok=True)
         port = self._choose_port()
         self._plan.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         argv = (*self._plan.argv, "--port", str(port))
@@ -267,7 +267,7 @@ class Addons:
 def endpoint_port(folder: Path) -> int:
     """The port a data server listens on; 0 when it is not ready."""
     try:
-        return int(json.loads((folder / "endpoint.json").read_text())["port"])
+        return int(json.loads((folder / ENDPOINT_FILE).read_text())["port"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import shutil
 import tarfile
 import uuid
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from flops.core.ids import Digest
-from flops.durable_file import file_error, sync_folder
+from flops.durable_file import file_error, sync_file, sync_folder
 from flops.errors import ErrorCode, FlopsError
 
 MAX_UNPACKED_BYTES = 8 * 1024**3
@@ -79,7 +78,7 @@ class BundleStore:
     def _publish(self, tree: Path, folder: Path) -> None:
         for path in sorted(tree.rglob("*")):
             if path.is_file() and not path.is_symlink():
-                _sync(path)
+                sync_file(path)
         try:
             tree.rename(folder)
         except OSError as exc:
@@ -111,14 +110,6 @@ def _problem_of(member: tarfile.TarInfo, target: Path) -> str:
         if link.is_absolute() or ".." in link.parts[ups:] or ups > len(path.parent.parts):
             return "points outside the bundle"
     return ""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _broken(digest: Digest, why: str) -> FlopsError:

@@ -20,6 +20,7 @@ LAST_OUTPUT_BYTES = 4_000  # of a failed service, told with its failure
 PASSING_ERRORS = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT})
 
 _log = logging.getLogger(__name__)
+_FIRST_PAUSE_S = 0.5  # before the first restart; later pauses are longer
 
 
 class ServiceRunner:
@@ -31,7 +32,6 @@ class ServiceRunner:
         preparer: gets everything it needs.
         runtime: runs its process.
         progress: where it stood before, when this daemon finds it on disk.
-        first_pause_s: pause before the first restart; later ones are longer.
     """
 
     def __init__(
@@ -41,14 +41,11 @@ class ServiceRunner:
         preparer: Preparer,
         runtime: Runtime,
         progress: Progress | None = None,
-        *,
-        first_pause_s: float = 0.5,
     ) -> None:
         self.spec = spec
         self.folder = folder
         self._preparer = preparer
         self._runtime = runtime
-        self._first_pause_s = first_pause_s
         initial = ServiceStatus(service_id=spec.id, state=ServiceState.PREPARING)
         self._progress = progress or Progress(initial)
         self._lock = threading.RLock()
@@ -104,7 +101,7 @@ class ServiceRunner:
             try:
                 if self.folder.load_spec() is None:
                     self.folder.create(self.spec)
-                pauses = Backoff(self._first_pause_s, 30.0)
+                pauses = Backoff(_FIRST_PAUSE_S, 30.0)
                 while self._run_once():
                     self._is_asked_to_stop.wait(pauses.next_s())
             except FlopsError as error:
@@ -148,7 +145,7 @@ class ServiceRunner:
     def _prepare_and_start(self) -> bool:
         if self.status.state is not ServiceState.RESTARTING:
             self._move(ServiceState.PREPARING, "")
-        pauses = Backoff(self._first_pause_s, 10.0)
+        pauses = Backoff(_FIRST_PAUSE_S, 10.0)
         while not self._is_asked_to_stop.is_set():
             try:
                 launch = self._preparer.prepare(self.spec, self.folder, self._report)

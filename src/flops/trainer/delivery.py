@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import logging
-import os
 import shutil
 import tarfile
 import time
@@ -17,6 +16,7 @@ from typing import TypeVar
 import httpx
 
 from flops.core.ids import Digest
+from flops.durable_file import sync_file
 from flops.errors import ErrorCode, FlopsError
 
 T = TypeVar("T")
@@ -31,8 +31,7 @@ def keep_best(parameters: Path, target: Path) -> None:
     """Put the best round's parameters where the export finds them, whole or not at all."""
     temporary = target.with_suffix(".tmp")
     shutil.copyfile(parameters, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(temporary)
     temporary.replace(target)
 
 

@@ -1,4 +1,4 @@
-"""Starts every process of ours: ``python -m flops.wiring <process> ARGUMENTS``.
+"""Starts every process that is joined here: ``python -m flops.wiring <process> ARGUMENTS``.
 
 This package is the one place that knows both processes and adapters, and joins them; it alone reads settings.
 Each process's module is imported when it is started, and no earlier.

@@ -129,11 +129,12 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     name = socket.gethostname() if paths.home.name in {"node", "flops"} else _name_of(paths.home)
     node_id = keep_node_id(paths.node_id)
     tls = client_tls(*conf.client_certificate) if conf.is_cluster_tls else None
-    addons = _build_addons(paths, conf, host.address(), addon_runtime, parts.open_catalog)
+    address = host.address()
+    addons = _build_addons(paths, conf, address, addon_runtime, parts.open_catalog)
     blobs_url = f"{'https' if tls is not None else 'http'}://{conf.cluster}/api/blobs"
     site = NodeSite(
         name=name,
-        host=host.address(),
+        host=address,
         blobs_url=blobs_url,
         kit_dir=parts.kit_dir,
         environments_dir=paths.environments,
