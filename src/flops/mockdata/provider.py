@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from flops.core.sla import MockDataConfiguration
 from flops.errors import ErrorCode, FlopsError
 from flops.mockdata.partitioning import partition_rows, take_rows
 from flops.mockdata.shipped import SHIPPED, load_shipped
-from flops.wire.content_digest import ContentDigest
 from flops.wire.services import MockProviderConfig
 
 TEST_SHARE = 10  # of a shipped data set, the last of ten parts is its test split
@@ -28,9 +27,7 @@ _WORTH_ANOTHER_TRY = {ErrorCode.UNREACHABLE, ErrorCode.UPLOAD_INCOMPLETE, ErrorC
 class Sink(Protocol):
     """Where partitions are sent to."""
 
-    def push(
-        self, schema: pa.Schema, batches: Iterable[pa.RecordBatch], tag: str, *, fragment_id: str = ""
-    ) -> Stored:
+    def push(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch], tag: str) -> Stored:
         """Send rows; what was stored before under the same name changes nothing."""
         ...
 
@@ -87,7 +84,7 @@ class MockDataProvider:
                 "progress",
                 message=f"Sending partition {count} of {len(config.partitions)} to the node's data server.",
             )
-            stored = self._push(sink, wanted.data_tag, Partition(table, rows[partition]))
+            stored = self._push(sink, wanted.data_tag, table, rows[partition])
             pushed = {"data_tag": wanted.data_tag, "partition": partition, "rows": stored.fragment.rows}
             events.tell("data_pushed", **pushed)
 
@@ -105,49 +102,15 @@ class MockDataProvider:
             table = self._load_from_hub(wanted.dataset_name, wanted.split)
         return table if wanted.max_rows is None else table.slice(0, wanted.max_rows)
 
-    def _push(self, sink: Sink, tag: str, partition: Partition) -> Stored:
+    def _push(self, sink: Sink, tag: str, table: pa.Table, rows: Any) -> Stored:
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                return sink.push(
-                    partition.schema, partition.batches(), tag, fragment_id=partition.content_digest()
-                )
+                return sink.push(table.schema, take_rows(table, rows), tag)  # named by its content there
             except FlopsError as exc:
                 if exc.code not in _WORTH_ANOTHER_TRY or time.monotonic() > deadline:
                     raise
             time.sleep(_RETRY_AFTER_S)
-
-
-class Partition:
-    """Some rows of a table, taken out of it while they are sent.
-
-    Args:
-        table: the data set.
-        rows: numbers of the rows.
-    """
-
-    def __init__(self, table: pa.Table, rows: Any) -> None:
-        self._table = table
-        self._rows = rows
-        self._digest = ""
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The schema of the rows, with its metadata."""
-        return self._table.schema
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows."""
-        return take_rows(self._table, self._rows)
-
-    def content_digest(self) -> str:
-        """The name of an upload of these rows."""
-        if not self._digest:
-            digest = ContentDigest(self.schema)
-            for batch in self.batches():
-                digest.update(batch)
-            self._digest = digest.hexdigest()
-        return self._digest
 
 
 def _split_of(wanted: MockDataConfiguration, splits: Mapping[str, pa.Table]) -> pa.Table:

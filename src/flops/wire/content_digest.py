@@ -1,6 +1,6 @@
 """What makes two uploads the same: their columns and rows, however they were cut into batches or compressed.
 
-Devices, providers and servers compute the same digest, so that an upload named by it can be sent twice.
+A data server names an upload without a name by it, so that the same content sent twice is stored once.
 """
 
 from __future__ import annotations
