@@ -97,6 +97,14 @@ class EventLog:
                 os.close(descriptor)
 
 
+def tell_parent(error: FlopsError) -> int:
+    """End a child of a service: its error as the last line on standard error; returns the exit code."""
+    sys.stdout.flush()
+    sys.stderr.write(json.dumps(error.to_dict()) + "\n")
+    sys.stderr.flush()
+    return error.spec.exit_code
+
+
 def run_actor(main: Callable[[ActorContext, EventLog], None], argv: list[str] | None = None) -> int:
     """Run a service's main function; a failure becomes one ``failed`` event and a non-zero exit code.
 

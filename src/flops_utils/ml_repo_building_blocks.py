@@ -11,13 +11,12 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import Query, bearer, parse_error, ticket_for
+from flops.wire.flight import DIRECTLY, Query, bearer, parse_error, ticket_for
 from flops_utils.local_data import DataSource, current_source, note_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_DIRECTLY = [("grpc.enable_http_proxy", 0)]  # the environment's proxies do not lead to this node
 _EMPTY = (ErrorCode.TAG_NOT_FOUND, ErrorCode.DATA_EMPTY)
 
 
@@ -75,7 +74,7 @@ def load_dataset() -> Dataset:
 
 def _read(source: DataSource) -> pa.Table:
     query = Query(source.data_tags, source.part, source.parts)
-    with flight.FlightClient(f"grpc://{source.address}", generic_options=_DIRECTLY) as client:
+    with flight.FlightClient(f"grpc://{source.address}", generic_options=DIRECTLY) as client:
         options = flight.FlightCallOptions(headers=[bearer(source.token)])
         return client.do_get(flight.Ticket(ticket_for(query)), options).read_all()
 

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from flops.wire.training import AUTHORIZATION, DESCRIPTOR, HELLO, REPLY, SCHEMA, STOP, TRAIN, Message, Stream
+from flops.wire.flight import bearer
+from flops.wire.training import DESCRIPTOR, HELLO, REPLY, SCHEMA, STOP, TRAIN, Message, Stream
 
 Respond = Callable[[Message], Message | None]
 
@@ -46,7 +47,7 @@ class PlayedLearner:
         self.is_stopped = False
         self._respond = respond
         self._client = flight.FlightClient(f"grpc://127.0.0.1:{port}")
-        options = flight.FlightCallOptions(headers=[(AUTHORIZATION.encode(), f"Bearer {token}".encode())])
+        options = flight.FlightCallOptions(headers=[bearer(token)])
         descriptor = flight.FlightDescriptor.for_command(DESCRIPTOR)
         self._writer, self._reader = self._client.do_exchange(descriptor, options)
         self._writer.begin(SCHEMA)

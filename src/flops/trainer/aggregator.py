@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from flops.actor import CONTEXT_FILE, ActorContext, EventLog
@@ -27,6 +26,7 @@ from flops.ports import Tracker
 from flops.trainer.checkpoint import CheckpointStore
 from flops.trainer.delivery import keep_best, pack, patiently, store_bundle
 from flops.trainer.links import LearnerServer, Link
+from flops.trainer.ml_repo import read_parameters
 from flops.trainer.model_process import ModelProcess
 from flops.trainer.round_runner import RoundRunner
 from flops.trainer.strategy import RoundStrategy
@@ -139,6 +139,8 @@ class Training:
                 record=finished.record.model_dump(mode="json"),
             )
             self._feed.add([finished.record])
+        if (reason := self._reason_to_end()) is not None:
+            self._tell(f"{reason} The training ends here.")
         self._deliver()
         self._is_successful = True
 
@@ -191,15 +193,14 @@ class Training:
         target = self._work_dir / "first.npz"
         child = self._child(
             self._context.project_python,
-            ("flops.trainer.model_host", "init"),
+            "flops.trainer.model_host",
             (str(target),),
             doing="makes the model's first parameters",
             code=ErrorCode.USER_CODE_FAILED,
         )
         self._await_learners(child)
         child.wait()
-        with np.load(target, allow_pickle=False) as stored:
-            return [stored[str(index)] for index in range(len(stored.files))]
+        return read_parameters(target)
 
     def _await_learners(self, child: ModelProcess) -> None:
         needed = self._config.min_available_clients
@@ -238,10 +239,10 @@ class Training:
         )
 
     def _is_over(self) -> bool:
-        reason = reason_to_end(self._history, self._config.target_metric, self._config.early_stopping)
-        if reason is not None:
-            self._tell(f"{reason} The training ends here.")
-        return reason is not None or len(self._history) >= self._config.rounds
+        return self._reason_to_end() is not None or len(self._history) >= self._config.rounds
+
+    def _reason_to_end(self) -> str | None:
+        return reason_to_end(self._history, self._config.target_metric, self._config.early_stopping)
 
     # --- the end ---
 
@@ -256,7 +257,7 @@ class Training:
         if not folder.exists():  # a folder is whole or not there; this is a restart when it is there
             child = self._child(
                 self._context.model_python,
-                ("flops.trainer.export",),
+                "flops.trainer.export",
                 (str(parameters), str(folder)),
                 doing="exports the model",
                 code=ErrorCode.MODEL_EXPORT_FAILED,
@@ -273,12 +274,11 @@ class Training:
         self._events.tell("training_completed", model=model.model_dump(mode="json"))
 
     def _child(
-        self, python: str, module: Sequence[str], arguments: Sequence[str], *, doing: str, code: ErrorCode
+        self, python: str, module: str, arguments: Sequence[str], *, doing: str, code: ErrorCode
     ) -> ModelProcess:
         if not python:
             raise FlopsError(ErrorCode.INTERNAL, f"The service has no environment for what {doing}.")
-        name, *command = module
-        argv = [python, "-m", name, *command, str(self._work_dir / CONTEXT_FILE), *arguments]
+        argv = [python, "-m", module, str(self._work_dir / CONTEXT_FILE), *arguments]
         child = ModelProcess(argv, self._environ, doing=doing, code=code, on_end=self._server.wake)
         self._children.append(child)
         return child

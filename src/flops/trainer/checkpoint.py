@@ -24,6 +24,7 @@ import numpy as np
 from flops.core.project import Round
 from flops.core.rounds import best_round
 from flops.durable_file import file_error, sync_folder, write_durably
+from flops.trainer.ml_repo import named_parameters, read_parameters
 from flops.wire.training import Array
 
 _STATE, _HISTORY = "state.json", "history.jsonl"
@@ -50,10 +51,9 @@ class CheckpointStore:
             number = int(json.loads((self._folder / _STATE).read_text())["round"])
         except FileNotFoundError:
             return None
-        arrays = _load(self.parameters_file(number))
         state_file = self._folder / f"strategy-{number}.npz"
         return Checkpoint(
-            [arrays[str(index)] for index in range(len(arrays))],
+            read_parameters(self.parameters_file(number)),
             _load(state_file) if state_file.exists() else {},
             self._history(number),
         )
@@ -73,7 +73,7 @@ class CheckpointStore:
         number = history[-1].number
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._write(self.parameters_file(number), {str(i): array for i, array in enumerate(parameters)})
+            self._write(self.parameters_file(number), named_parameters(parameters))
             if strategy_state:
                 self._write(self._folder / f"strategy-{number}.npz", strategy_state)
             self._append(history)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -28,9 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flops.actor import ActorContext
+from flops.actor import ActorContext, tell_parent
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.ml_repo import MLRepo
+from flops.trainer.ml_repo import MLRepo, read_parameters
 
 Array = npt.NDArray[Any]
 
@@ -59,9 +58,9 @@ def main(argv: Sequence[str]) -> int:
         if arrays:
             export(context, repo, Path(arrays), Path(argv[2]))
     except FlopsError as exc:
-        return _tell(exc)
+        return tell_parent(exc)
     except Exception as exc:  # noqa: BLE001 (the last line of defence: the aggregator reads one JSON line)
-        return _tell(
+        return tell_parent(
             FlopsError(
                 ErrorCode.MODEL_EXPORT_FAILED,
                 f"The model could not be saved: {type(exc).__name__}: {exc}",
@@ -91,8 +90,7 @@ def export(context: ActorContext, repo: MLRepo, parameters: Path, folder: Path) 
         FlopsError: ``user_code_failed``, ``model_export_failed``.
     """
     flavor = str(context.config["flavor"])
-    with np.load(parameters, allow_pickle=False) as stored:
-        arrays = [stored[str(index)] for index in range(len(stored.files))]
+    arrays = read_parameters(parameters)
     model = repo.model(arrays)
     _check(model, flavor)
     signature = _signature(model, flavor, repo.input_example())
@@ -290,13 +288,6 @@ def _loaded_files(repo: Path) -> list[Path]:
 def _code_paths(repo: Path) -> list[str]:
     """The repository's modules and packages that are imported: the classes of the model may be in them."""
     return sorted({str(repo / path.relative_to(repo).parts[0]) for path in _loaded_files(repo)})
-
-
-def _tell(error: FlopsError) -> int:
-    sys.stdout.flush()
-    sys.stderr.write(json.dumps(error.to_dict()) + "\n")
-    sys.stderr.flush()
-    return error.spec.exit_code
 
 
 if __name__ == "__main__":

@@ -23,10 +23,9 @@ from pyarrow import flight
 from flops.actor import ActorContext, EventLog, run_actor
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.ml_repo import MLRepo
+from flops.wire.flight import DIRECTLY, bearer
 from flops.wire.training import (
-    AUTHORIZATION,
     DESCRIPTOR,
-    DIRECTLY,
     EVALUATE,
     HELLO,
     REPLY,
@@ -58,9 +57,7 @@ class _Dial:
     @contextlib.contextmanager
     def connect(self, hello: dict[str, Any]) -> Iterator[Stream]:
         """Open the stream and say hello."""
-        options = flight.FlightCallOptions(
-            headers=[(AUTHORIZATION.encode(), f"Bearer {self.token}".encode())]
-        )
+        options = flight.FlightCallOptions(headers=[bearer(self.token)])
         with flight.FlightClient(f"grpc://{self.address}", generic_options=DIRECTLY) as client:
             writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(DESCRIPTOR), options)
             try:

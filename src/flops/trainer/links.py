@@ -14,8 +14,8 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.flight import AUTHORIZATION
 from flops.wire.training import (
-    AUTHORIZATION,
     HELLO,
     REPLY,
     SCHEMA,

@@ -26,6 +26,17 @@ Array = npt.NDArray[Any]
 _SHOWN_CHARACTERS = 500  # of an exception's text; the traceback has the rest
 
 
+def read_parameters(path: Path) -> list[Array]:
+    """A model's parameters from an NPZ file, which has them under "0", "1", …"""
+    with np.load(path, allow_pickle=False) as stored:
+        return [stored[str(index)] for index in range(len(stored.files))]
+
+
+def named_parameters(parameters: Sequence[Array]) -> dict[str, Array]:
+    """Parameters under the names that they have in an NPZ file."""
+    return {str(index): array for index, array in enumerate(parameters)}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate_model` returned; numbers that are not finite are None."""

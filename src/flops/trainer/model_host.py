@@ -1,4 +1,4 @@
-"""The first parameters of a model: ``python -m flops.trainer.model_host init CONTEXT.json PARAMETERS.npz``.
+"""The first parameters of a model: ``python -m flops.trainer.model_host CONTEXT.json PARAMETERS.npz``.
 
 Runs in the project's environment, as a child of the aggregator. PARAMETERS gets the arrays of
 `ModelManager.get_model_parameters` under the keys "0", "1", … A failure is told by the last line on standard
@@ -9,7 +9,6 @@ This module is part of the actor kit: it imports the standard library and numpy 
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flops.actor import ActorContext
+from flops.actor import ActorContext, tell_parent
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.ml_repo import MLRepo
+from flops.trainer.ml_repo import MLRepo, named_parameters
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,24 +28,17 @@ def main(argv: Sequence[str]) -> int:
         context = ActorContext.load(Path(context_file))
         seed = context.config.get("seed")
         repo = MLRepo(Path(context.repo_dir), node=context.node_name, seed=seed)
-        arrays = {str(number): array for number, array in enumerate(repo.parameters())}
+        arrays = named_parameters(repo.parameters())
         with Path(output).open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # the keys are no other parameters of savez
     except FlopsError as exc:
-        return _tell(exc)
+        return tell_parent(exc)
     except Exception as exc:  # noqa: BLE001 (the last line of defence: the aggregator reads one JSON line)
         details = {"traceback": traceback.format_exc()}
         message = f"The first parameters could not be made: {type(exc).__name__}: {exc}"
-        return _tell(FlopsError(ErrorCode.INTERNAL, message, details=details))
+        return tell_parent(FlopsError(ErrorCode.INTERNAL, message, details=details))
     return 0
 
 
-def _tell(error: FlopsError) -> int:
-    sys.stdout.flush()
-    sys.stderr.write(json.dumps(error.to_dict()) + "\n")
-    sys.stderr.flush()
-    return error.spec.exit_code
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv))

@@ -86,12 +86,10 @@ class RoundStrategy:
             raise self._failed(number, str(exc)) from exc
         if arrays is None:
             raise self._failed(number, "the strategy gave no parameters")
+        raw = arrays.to_numpy_ndarrays()  # each call deserialises the whole model
         with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is looked for here
-            result = [
-                _to_dtype(array, dtype)
-                for array, dtype in zip(arrays.to_numpy_ndarrays(), self._dtypes, strict=True)
-            ]
-        if not all(np.isfinite(array).all() for array in (*arrays.to_numpy_ndarrays(), *result)):
+            result = [_to_dtype(array, dtype) for array, dtype in zip(raw, self._dtypes, strict=True)]
+        if not all(np.isfinite(array).all() for array in (*raw, *result)):
             raise self._failed(
                 number, "the aggregated parameters are not finite; smaller learning rates may help"
             )

@@ -33,6 +33,7 @@ DEFAULT_PORT = 11_027
 ENDPOINT_FILE = "endpoint.json"  # in the server's folder, when it is ready: {"host", "port", "pid"}
 TOKEN_FILE = "token"  # noqa: S105 (a file name) in the server's folder: the admin token, 0600
 AUTHORIZATION = "authorization"
+DIRECTLY = (("grpc.enable_http_proxy", 0),)  # the environment's proxies do not lead to nodes
 SEALED = "sealed"  # second item of a DoPut's path: the upload ends with `seal`, or it is incomplete
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -40,8 +40,6 @@ Array = npt.NDArray[Any]
 
 HELLO, TRAIN, EVALUATE, REPLY, STOP = "hello", "train", "evaluate", "reply", "stop"
 DESCRIPTOR = b"flops-training"
-AUTHORIZATION = "authorization"
-DIRECTLY = (("grpc.enable_http_proxy", 0),)  # the environment's proxies do not lead to nodes
 SCHEMA = pa.schema([pa.field("array", pa.large_binary(), nullable=False)])
 PIECE_BYTES = 64 * 2**20  # larger arrays are sent in pieces: bounded copies, far below gRPC's 2 GiB a message
 SILENCE_LIMIT_S = 8  # a host that does not answer for so long counts as gone
