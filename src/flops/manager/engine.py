@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable
 
-from flops.core.cluster import AddonState, ClusterEvent, Node, Service
+from flops.core.cluster import AddonState, ClusterEvent, Node, Service, ServiceKind
 from flops.core.effects import Effect, EffectKind
 from flops.core.events import (
     Aborted,
@@ -234,14 +234,9 @@ class Engine:
             except ValueError:
                 _log.exception("event %d of the cluster is malformed and was left out", event.seq)
                 return
-            try:
-                self._store.get(project_id)
-            except FlopsError as exc:
-                if exc.code is not ErrorCode.PROJECT_NOT_FOUND:
-                    raise
+            if event.service_id.startswith(ServiceKind.MOCK_DATA_PROVIDER.value):
                 self._mock_data.take_in(event)
-                return
-            if translated is not None:
+            elif translated is not None:
                 self._apply_safely(project_id, translated, cursor=event.seq)
 
     def _perform(self, effect: Effect, attempts: int, waited_s: float) -> float | None:
