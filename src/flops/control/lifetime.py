@@ -17,6 +17,7 @@ from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 
 ENDPOINT_FILE = "endpoint.json"
+ADMIN_TOKEN_FILE = "admin.token"  # noqa: S105 (a file's name)
 STARTUP_ERROR_FILE = "startup_error.json"
 LOCK_FILE = "lock"
 

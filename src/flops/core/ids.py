@@ -8,7 +8,7 @@ ProjectId = NewType("ProjectId", str)  # 12 hex characters, as users of the ance
 NodeId = NewType("NodeId", str)  # made by the node at its first start, kept in its home
 ServiceId = NewType(
     "ServiceId", str
-)  # <kind>-<project id>[-<n>][-<attempt>]; the same id is never used twice
+)  # <kind>-<project id>[-<n>][-r<attempt>]; the same id is never used twice
 Digest = NewType("Digest", str)  # lower-case hex SHA-256 of a blob's bytes
 EnvironmentKey = NewType(
     "EnvironmentKey", str

@@ -257,8 +257,8 @@ def _from_stage(*moves: tuple[Stage, Move]) -> Mapping[Stage, Decision]:
     return row
 
 
-def _services(move: Move, *stages: Stage) -> Mapping[Stage, Decision]:
-    """A row of what services do: impossible before there is one."""
+def _in_stages(move: Move, *stages: Stage) -> Mapping[Stage, Decision]:
+    """A row with one move at all these stages, impossible at the others."""
     return _from_stage(*((stage, move) for stage in stages))
 
 
@@ -284,14 +284,14 @@ _TABLE: Mapping[type[LifecycleEvent], Mapping[Stage, Decision]] = {
         (Stage.DEPLOYING, training_moves.inference_listening),
         (Stage.COMPLETED, training_moves.inference_moved),
     ),
-    ServiceProgressed: _services(service_moves.progressed, *_WORKING),
-    ServiceTold: _services(service_moves.told, *_WORKING, Stage.COMPLETED),
-    ServiceChanged: _services(service_moves.changed, *_WORKING, Stage.STOPPING, *_FINAL),
-    StepFailed: _from_stage(*((stage, _step_failed) for stage in (Stage.RESOLVING, *_WORKING))),
-    ServicesEnded: _services(_services_ended, *_WORKING, Stage.STOPPING, *_FINAL),
+    ServiceProgressed: _in_stages(service_moves.progressed, *_WORKING),
+    ServiceTold: _in_stages(service_moves.told, *_WORKING, Stage.COMPLETED),
+    ServiceChanged: _in_stages(service_moves.changed, *_WORKING, Stage.STOPPING, *_FINAL),
+    StepFailed: _in_stages(_step_failed, Stage.RESOLVING, *_WORKING),
+    ServicesEnded: _in_stages(_services_ended, *_WORKING, Stage.STOPPING, *_FINAL),
     StopRequested: _from_stage(
         *((stage, _request_stop) for stage in _ACTIVE), (Stage.COMPLETED, _request_stop_of_inference)
     ),
-    DeleteRequested: _from_stage(*((stage, _request_deletion) for stage in Stage)),
-    Aborted: _from_stage(*((stage, abort) for stage in (*_ACTIVE, Stage.STOPPING))),
+    DeleteRequested: _in_stages(_request_deletion, *Stage),
+    Aborted: _in_stages(abort, *_ACTIVE, Stage.STOPPING),
 }

@@ -54,7 +54,7 @@ def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> 
     """
     powerful_first = sorted(nodes, key=_rank)
     learners = _place_learners(sla, powerful_first)
-    aggregator = _first_capable("the aggregator", powerful_first, _aggregator_obstacle(sla))
+    aggregator = _first_capable("the aggregator", powerful_first, _host_obstacle(sla, aggregator_resources))
     builder = None
     if needs_build:
         builder = _first_capable("the image builder", powerful_first, _builder_obstacle)
@@ -71,7 +71,7 @@ def place_inference(sla: ProjectSla, nodes: Sequence[Node], *, preferred: NodeId
         FlopsError: ``placement_impossible``.
     """
     order = sorted(nodes, key=lambda node: (node.id != preferred, _rank(node)))
-    return _first_capable("the inference service", order, _inference_obstacle(sla))
+    return _first_capable("the inference service", order, _host_obstacle(sla, learner_resources))
 
 
 def place_mock_providers(nodes: Sequence[Node], wanted: int | None) -> tuple[Node, ...]:
@@ -138,13 +138,8 @@ def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
     return obstacle
 
 
-def _aggregator_obstacle(sla: ProjectSla) -> _Obstacle:
-    resources = aggregator_resources(sla.resource_constraints)
-    return lambda node: _away(node) or _resource_obstacle(node, sla, resources)
-
-
-def _inference_obstacle(sla: ProjectSla) -> _Obstacle:
-    resources = learner_resources(sla.resource_constraints)
+def _host_obstacle(sla: ProjectSla, resources_of: Callable[[ResourceConstraints], Resources]) -> _Obstacle:
+    resources = resources_of(sla.resource_constraints)
     return lambda node: _away(node) or _resource_obstacle(node, sla, resources)
 
 

@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from flops.core.requirements import name_of
+
 _MAX_ATTEMPTS = 12
 _MAX_ESSENCE = 700
 _LOCKED = re.compile(
@@ -41,7 +43,7 @@ class Problem:
     @property
     def own_names(self) -> list[str]:
         """Normalised names of the user's requirements."""
-        return [_name(text) for text in self.own]
+        return [name_of(text) for text in self.own]
 
     def without_pins(self, names: Iterable[str]) -> Problem:
         """The same without some pins."""
@@ -51,7 +53,7 @@ class Problem:
     def loosened(self, name: str, *, is_bound_kept: bool) -> Problem | None:
         """The same with a looser requirement of the user's; None when there is nothing to loosen."""
         own = tuple(
-            (relax(text, is_bound_kept=is_bound_kept) or text) if _name(text) == name else text
+            (relax(text, is_bound_kept=is_bound_kept) or text) if name_of(text) == name else text
             for text in self.own
         )
         return None if own == self.own else replace(self.without_pins([name]), own=own)
@@ -119,7 +121,8 @@ def _give_up_something(
 def _notes(asked: Problem, met: Problem, lock: str, reason: str) -> tuple[str, ...]:
     versions = locked_versions(lock)
     notes = [
-        f"{before} was loosened, the environment has {versions.get(_name(before), after)}: {essence(reason)}"
+        f"{before} was loosened, "
+        f"the environment has {versions.get(name_of(before), after)}: {essence(reason)}"
         for before, after in zip(asked.own, met.own, strict=True)
         if before != after
     ]
@@ -131,10 +134,6 @@ def _notes(asked: Problem, met: Problem, lock: str, reason: str) -> tuple[str, .
     if changed:
         notes.append(f"The environment that saves and serves the model has {', '.join(changed)}.")
     return tuple(notes)
-
-
-def _name(requirement: str) -> str:
-    return canonicalize_name(Requirement(requirement).name)
 
 
 def locked_versions(lock: str) -> dict[str, str]:

@@ -21,8 +21,8 @@
 | DELETE /api/flops/registry | | `Message` |
 | POST /api/flops/blobs | bytes | `BlobStored` |
 
-Every path is also served with a trailing slash. Errors have one shape, `ErrorBody`. All but ``GET /`` need
-``Authorization: Bearer <admin token>``.
+Every path is also served with a trailing slash. Errors have one shape, `ErrorBody`. All but ``GET /`` and the
+documentation need ``Authorization: Bearer <admin token>``.
 """
 
 from __future__ import annotations

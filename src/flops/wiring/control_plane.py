@@ -17,7 +17,7 @@ from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.sql_store import SqlProjectStore
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_environments import this_platform
-from flops.control.lifetime import run_until_told
+from flops.control.lifetime import ADMIN_TOKEN_FILE, run_until_told
 from flops.durable_file import keep_token
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
@@ -28,7 +28,6 @@ from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus
 
-TOKEN_FILE = "admin.token"  # noqa: S105 (a file's name)
 SECRET_FILE = "secret"  # noqa: S105 (a file's name)
 
 
@@ -49,7 +48,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     folder = settings.control_dir
     clock = SystemClock()
     started_at_s = clock.now_s()
-    token = keep_token(folder / TOKEN_FILE)
+    token = keep_token(folder / ADMIN_TOKEN_FILE)
 
     tracking = MlflowServer(folder / "mlflow", settings.host, settings.tracking_port, inherited_environment())
     tracking.start()
