@@ -54,6 +54,7 @@ def connected(home: Path | None = None) -> Iterator[ApiClient]:
     """
     from flops.cli.api_client import ApiClient
     from flops.cli.control import read_endpoint
+    from flops.control.lifetime import ADMIN_TOKEN_FILE
 
     settings = client_settings(home)
     url = settings.url
@@ -66,7 +67,7 @@ def connected(home: Path | None = None) -> Iterator[ApiClient]:
                 hint="Start it with `flops up`; --home names another home, --url another manager.",
             )
         url = endpoint["manager_url"]
-    client = ApiClient(url, settings.token_file or settings.control_dir / "admin.token")
+    client = ApiClient(url, settings.token_file or settings.control_dir / ADMIN_TOKEN_FILE)
     try:
         yield client
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +17,10 @@ from flops.cli.output import (
     print_line,
     print_table,
     say,
+    timestamp,
 )
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import Right
+from flops.wire.flight import TOKEN_FILE, Right
 
 if TYPE_CHECKING:
     from flops.core.dataset import TagDescription, TagLimits
@@ -197,7 +197,7 @@ def token(
     from flops.wire.flight import Scope, check_tag, mint_token
 
     scope = Scope(right, tuple(check_tag(tag) for tag in tags or ()))
-    minted = mint_token(_read_token(token_file or _folder(home) / "token"), scope)
+    minted = mint_token(_read_token(token_file or _folder(home) / TOKEN_FILE), scope)
     print_data(
         {"token": minted, "right": right, "tags": tags or []}, output_format, lambda: print_line(minted)
     )
@@ -208,7 +208,7 @@ def _connected(server: str | None, token_file: Path | None, home: Path | None) -
     from flops.data import DataClient
 
     address = server or _local_address(_folder(home))
-    with DataClient(address, _read_token(token_file or _folder(home) / "token")) as client:
+    with DataClient(address, _read_token(token_file or _folder(home) / TOKEN_FILE)) as client:
         yield client
 
 
@@ -291,4 +291,4 @@ def _columns(columns: dict[str, str]) -> str:
 
 
 def _when(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}" if seconds else ""
+    return timestamp(seconds) if seconds else ""

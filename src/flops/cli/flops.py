@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,16 @@ import flops
 from flops.cli.cluster_commands import mock_data, model, node, tracking
 from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
-from flops.cli.output import FormatOption, OutputFormat, print_data, print_facts, print_line, run_app, say
+from flops.cli.output import (
+    FormatOption,
+    OutputFormat,
+    print_data,
+    print_facts,
+    print_line,
+    run_app,
+    say,
+    timestamp,
+)
 from flops.cli.project_commands import project
 
 app = typer.Typer(
@@ -77,6 +85,7 @@ def up(
 ) -> None:
     """Start the control plane: manager, cluster orchestrator and MLflow server."""
     from flops.cli.control import run_in_foreground, start_control_plane
+    from flops.control.lifetime import ADMIN_TOKEN_FILE
     from flops.settings import ControlSettings
 
     folder = home or global_options().home
@@ -88,7 +97,7 @@ def up(
     }
     settings = ControlSettings.read(None, **given)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    token_file = settings.control_dir / "admin.token"
+    token_file = settings.control_dir / ADMIN_TOKEN_FILE
 
     def tell(endpoint: Mapping[str, Any]) -> None:
         say("The control plane is up.")
@@ -138,6 +147,7 @@ def down(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) ->
 @app.command()
 def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Show the state of the control plane."""
+    from flops.control.lifetime import ADMIN_TOKEN_FILE
     from flops.wire.rest import ControlStatus
 
     with connected(home) as api:
@@ -145,17 +155,16 @@ def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) 
 
     def show() -> None:
         tracking_state = "ready" if answer.is_tracking_ready else answer.tracking_detail
-        since = datetime.fromtimestamp(answer.started_at_s, UTC).astimezone()
         print_facts(
             [
-                ("Manager", f"{answer.manager_url}, running since {since:%Y-%m-%d %H:%M:%S}"),
+                ("Manager", f"{answer.manager_url}, running since {timestamp(answer.started_at_s)}"),
                 ("API docs", f"{answer.manager_url}/docs"),
                 ("Cluster", answer.cluster_address),
                 ("MLflow GUI", f"{answer.tracking_url}, {tracking_state}"),
                 ("Nodes", f"{answer.nodes_connected} of {answer.nodes_total} connected"),
                 ("Projects", f"{answer.projects_active} of {answer.projects_total} active"),
                 ("State", answer.home),
-                ("Admin token", Path(answer.home) / "control" / "admin.token"),
+                ("Admin token", Path(answer.home) / "control" / ADMIN_TOKEN_FILE),
                 ("Version", answer.version),
             ]
         )

@@ -18,7 +18,7 @@ from flops.cli.node_config import (
     paths_of,
 )
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, run_app, say
-from flops.errors import ErrorCode, FlopsError
+from flops.errors import CATALOGUE, ErrorCode, FlopsError
 
 app = typer.Typer(
     name="NodeEngine",
@@ -151,12 +151,12 @@ def status(context: typer.Context, output_format: FormatOption = OutputFormat.TA
     conf = load_configuration(paths)
     pid = running_pid(paths.pid)
     report = running_report(paths)
-    data = {**status_data(paths, conf, report), "is_running": pid is not None}
+    data = status_data(paths, conf, report, pid)
     print_data(data, output_format, lambda: show_status(paths, conf, report, pid))
     for sentence in pending_changes(paths, conf):
         say(sentence)
     if pid is None:
-        raise typer.Exit(FlopsError(ErrorCode.NOT_RUNNING, "").spec.exit_code)
+        raise typer.Exit(CATALOGUE[ErrorCode.NOT_RUNNING].exit_code)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flops.errors import ErrorCode, FlopsError
+from flops.errors import CATALOGUE, ErrorCode, FlopsError
 
 if TYPE_CHECKING:
     from flops.node.paths import NodePaths
@@ -65,7 +65,7 @@ def _wait_for_start(paths: NodePaths, ended: Callable[[], int | None]) -> None:
         with contextlib.suppress(OSError, ValueError):
             raise FlopsError.from_dict(json.loads(paths.startup_error.read_text()))
         code = ended()
-        if code == FlopsError(ErrorCode.ALREADY_RUNNING, "").spec.exit_code:
+        if code == CATALOGUE[ErrorCode.ALREADY_RUNNING].exit_code:
             raise already_running(paths.pid)
         if code is not None or time.monotonic() > deadline_s:
             raise FlopsError(
@@ -165,7 +165,7 @@ User=root
 ExecStart={_quoted(sys.executable)} -m flops.wiring node
 Restart=on-failure
 RestartSec=2
-RestartPreventExitStatus={FlopsError(ErrorCode.ALREADY_RUNNING, "").spec.exit_code}
+RestartPreventExitStatus={CATALOGUE[ErrorCode.ALREADY_RUNNING].exit_code}
 KillMode=process
 TimeoutStopSec={STOP_TIMEOUT_S:.0f}
 Delegate=yes
@@ -198,7 +198,7 @@ def _last_lines(log: Path, count: int = 10) -> str:
     return "\n".join(text.splitlines()[-count:]) + "\n"
 
 
-def follow_log(log: Path, show: Callable[[str], None], *, from_end: bool = True) -> None:
+def follow_log(log: Path, show: Callable[[str], None]) -> None:
     """Show what is appended to a log, until the process is interrupted.
 
     Raises:
@@ -211,8 +211,7 @@ def follow_log(log: Path, show: Callable[[str], None], *, from_end: bool = True)
         )
     file = log.open(errors="replace")
     try:
-        if from_end:
-            file.seek(0, os.SEEK_END)
+        file.seek(0, os.SEEK_END)
         while True:
             line = file.readline()
             if line:

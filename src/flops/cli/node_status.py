@@ -17,10 +17,12 @@ _STALE_AFTER_S = 10.0
 _SYMBOLS = {"healthy": "🟢", "starting": "🟡", "unhealthy": "🔴"}
 
 
-def status_data(paths: NodePaths, conf: NodeConfiguration, report: NodeReport | None) -> dict[str, Any]:
+def status_data(
+    paths: NodePaths, conf: NodeConfiguration, report: NodeReport | None, pid: int | None
+) -> dict[str, Any]:
     """The node's state for programs."""
     return {
-        "is_running": report is not None,
+        "is_running": pid is not None,
         "home": str(paths.home),
         "configuration": str(paths.conf),
         "log": str(paths.log),

@@ -51,7 +51,7 @@ def say(text: str = "") -> None:
 
 
 def print_line(text: str = "") -> None:
-    """Print a line of data on stdout; only inside the ``show`` of `print_data`."""
+    """Print a line of data on stdout; beside JSON only inside the ``show`` of `print_data`."""
     _write(sys.stdout, text)
 
 
@@ -97,6 +97,11 @@ def print_facts(facts: Sequence[tuple[str, object]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         print_line(f"{name.ljust(width)}  {value}")
+
+
+def timestamp(seconds: float) -> str:
+    """A time, given in seconds since the epoch, in the time zone of this machine."""
+    return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def print_error(error: FlopsError, output_format: OutputFormat) -> None:

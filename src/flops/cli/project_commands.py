@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flops.cli.connection import connected, read_sla
-from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, print_table, say
+from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, print_table, say, timestamp
 from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def create(
 @project.command("list")
 def list_projects(output_format: FormatOption = OutputFormat.TABLE) -> None:
     """List all projects, newest first."""
-    from flops.cli.project_view import best_accuracy, metric, progress, timestamp
+    from flops.cli.project_view import best_accuracy, metric, progress
     from flops.wire.rest import ProjectList
 
     with connected() as api:

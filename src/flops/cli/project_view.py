@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 
-from flops.cli.output import print_facts, print_line, print_table, say
+from flops.cli.output import print_facts, print_line, print_table, say, timestamp
 from flops.core.cluster import Service
 from flops.core.project import Project, ProjectEvent, Round
 
@@ -102,11 +101,6 @@ def best_accuracy(project: Project) -> float | None:
 def metric(value: float | None) -> str:
     """A metric with four digits; empty when there is none."""
     return "" if value is None else f"{value:.4f}"
-
-
-def timestamp(seconds: float) -> str:
-    """A time in the time zone of this machine."""
-    return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _service_row(service: Service, nodes: dict[str, str]) -> tuple[object, ...]:
