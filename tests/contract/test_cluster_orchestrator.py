@@ -16,6 +16,7 @@ from flops.core.ids import NodeId, ServiceId
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
 from flops.ports import ClusterStore
 from flops.testing.contracts.orchestrator import ClusterUnderTest, OrchestratorContract
+from flops.testing.waiting import StandingClock
 from flops.wire.node import (
     ActorEventReport,
     CommandResult,
@@ -25,14 +26,6 @@ from flops.wire.node import (
     Hello,
     ServiceChanged,
 )
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.time_s = 1000.0
-
-    def now_s(self) -> float:
-        return self.time_s
 
 
 class _PlayedNode:
@@ -72,7 +65,7 @@ class _PlayedNode:
 
 class _LinkedCluster:
     def __init__(self, store: ClusterStore) -> None:
-        self._clock = _Clock()
+        self._clock = StandingClock()
         self.orchestrator = ClusterOrchestrator(store, self._clock)
         self._nodes: dict[NodeId, _PlayedNode] = {}
         self._threads: list[threading.Thread] = []

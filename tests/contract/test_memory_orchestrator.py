@@ -10,16 +10,12 @@ from flops.adapters.memory_orchestrator import MemoryOrchestrator
 from flops.core.cluster import Node, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
 from flops.testing.contracts.orchestrator import ClusterUnderTest, OrchestratorContract
-
-
-class _Clock:
-    def now_s(self) -> float:
-        return 1000.0
+from flops.testing.waiting import StandingClock
 
 
 class _MemoryCluster:
     def __init__(self, *, nodes_obey: bool) -> None:
-        self.orchestrator = MemoryOrchestrator(_Clock(), nodes_obey=nodes_obey)
+        self.orchestrator = MemoryOrchestrator(StandingClock(), nodes_obey=nodes_obey)
 
     def join(self, node_id: NodeId, name: str) -> None:
         self.orchestrator.join(Node(id=node_id, name=name))

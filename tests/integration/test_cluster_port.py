@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.testing import waiting
 from flops.wire.node import (
     FROM_CLUSTER,
     Acknowledged,
@@ -129,11 +131,7 @@ class Played:
         return message
 
 
-def until(is_true: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.01)
+until = functools.partial(waiting.until, timeout_s=10.0)
 
 
 def spec(service_id: str = "s1") -> ServiceSpec:

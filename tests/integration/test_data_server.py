@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from pyarrow import flight
 
 from flops.data import DataClient
 from flops.errors import ErrorCode, FlopsError
+from flops.testing import waiting
 from flops.wire.flight import Right, Scope, bearer, criteria_for, mint_token, parse_error
 
 DEADLINE_S = 20.0
@@ -61,11 +62,7 @@ class ServerProcess:
         ]
 
 
-def until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+until = functools.partial(waiting.until, timeout_s=DEADLINE_S)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from flops.adapters.mlflow_server import LOG_FILE, PID_FILE, MlflowServer, end_l
 from flops.adapters.mlflow_tracker import MlflowTracker
 from flops.core.ids import ProjectId
 from flops.errors import ErrorCode, FlopsError
+from flops.testing import waiting
 from flops.testing.contracts.tracker import accuracies, round_of
 from flops.testing.tracking import read_run
 
@@ -55,11 +57,7 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., MlflowServer]]:
 MakeServer = Callable[..., MlflowServer]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.02)
+wait_until = functools.partial(waiting.until, timeout_s=40.0)
 
 
 def is_gone(pid: int) -> bool:

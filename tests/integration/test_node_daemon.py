@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,9 @@ from flops.node.report import read_report
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.testing.deployment import free_ports
+from flops.testing.waiting import until
 
 SLEEP = "import time; events.tell('progress', message='up'); time.sleep(600)"
-
-
-def until(is_true: Callable[[], bool], what: str = "it", *, timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s, f"{what} did not become true in time"
-        time.sleep(0.02)
 
 
 class Cluster:

@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from flops.node.home import running_pid
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.testing.deployment import free_ports
+from flops.testing.waiting import until
 
 NODE_ENGINE = str(Path(sys.executable).with_name("NodeEngine"))
 ENVIRONMENT = {**os.environ, "FLOPS_DATA_PORT": "0"}
@@ -34,13 +34,6 @@ ENVIRONMENT = {**os.environ, "FLOPS_DATA_PORT": "0"}
 
 def exit_code(code: ErrorCode) -> int:
     return CATALOGUE[code].exit_code
-
-
-def until(is_true: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < deadline_s, "it did not become true in time"
-        time.sleep(0.02)
 
 
 @dataclass(frozen=True)

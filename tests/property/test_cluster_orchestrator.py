@@ -27,6 +27,7 @@ from flops.core.cluster import (
 from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
+from flops.testing.waiting import StandingClock
 from flops.wire.node import (
     Acknowledged,
     ActorEventReport,
@@ -60,13 +61,6 @@ MESSAGES = st.one_of(
     ),
     st.builds(Goodbye),
 )
-
-
-class _Clock:
-    time_s = 1000.0
-
-    def now_s(self) -> float:
-        return self.time_s
 
 
 class _Link:
@@ -110,7 +104,7 @@ class _FailingStore(MemoryClusterStore):
 class ClusterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.clock = _Clock()
+        self.clock = StandingClock()
         self.store = _FailingStore()
         self.orchestrator = ClusterOrchestrator(self.store, self.clock)
         self.sessions: list[tuple[NodeSession, _Link]] = []  # of the running orchestrator, also ended ones

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from flops.node.bundles import BundleStore
 from flops.node.preparation import NodeSite, Preparer
 from flops.node.session import NodeView, Session
 from flops.node.supervisor import Supervisor
+from flops.testing import waiting
 from flops.wire.node import (
     Acknowledged,
     ActorEventReport,
@@ -123,11 +124,7 @@ class NoEnvironments:
         raise NotImplementedError
 
 
-def until(is_true: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
-    while not is_true():
-        assert time.monotonic() < deadline_s, "it did not become true in time"
-        time.sleep(0.005)
+until = functools.partial(waiting.until, timeout_s=10)
 
 
 class World:

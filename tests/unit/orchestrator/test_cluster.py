@@ -25,6 +25,7 @@ from flops.core.cluster import (
 from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
+from flops.testing.waiting import StandingClock
 from flops.wire.node import (
     Acknowledged,
     ActorEventReport,
@@ -40,13 +41,6 @@ from flops.wire.node import (
 )
 
 T = TypeVar("T")
-
-
-class _Clock:
-    time_s = 1000.0
-
-    def now_s(self) -> float:
-        return self.time_s
 
 
 class _CountingStore(MemoryClusterStore):
@@ -84,7 +78,7 @@ class _Link:
 
 class _Played:
     def __init__(self) -> None:
-        self.clock = _Clock()
+        self.clock = StandingClock()
         self.store = _CountingStore()
         self.orchestrator = ClusterOrchestrator(self.store, self.clock)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -15,17 +16,13 @@ from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUs
 from flops.core.ids import ServiceId
 from flops.errors import ErrorCode
 from flops.ports import Runtime
+from flops.testing import waiting
 
 S1 = ServiceId("learner-p1-0")
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
-def until(is_true: Callable[[], bool], *, timeout_s: float = 15.0) -> None:
-    """Wait until something holds."""
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s, "it did not become true in time"
-        time.sleep(0.01)
+until = functools.partial(waiting.until, timeout_s=15.0)
 
 
 class RuntimeContract:
