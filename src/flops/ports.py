@@ -25,7 +25,7 @@ from flops.core.cluster import (
 from flops.core.dataset import Damage, Fragment, TagLimits
 from flops.core.effects import Effect
 from flops.core.ids import Digest, EnvironmentKey, ProjectId, ServiceId
-from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository, Round, TrainedModel
+from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository
 
 
 class Clock(Protocol):
@@ -376,36 +376,6 @@ class Host(Protocol):
 
     def load(self) -> NodeLoad:
         """What it is doing right now; quick."""
-        ...
-
-
-class Tracker(Protocol):
-    """The record of experiments. Calls may be repeated: the record has no gap and no duplicate."""
-
-    def open_run(
-        self, project_id: ProjectId, params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> tuple[str, str]:
-        """Find or create the project's experiment and its training run; returns their ids."""
-        ...
-
-    def log_round(self, run_id: str, record: Round) -> None:
-        """Record a round's metrics with the round as step."""
-        ...
-
-    def log_model(self, run_id: str, folder: Path, best: Round, model_name: str) -> TrainedModel:
-        """Record an MLflow model folder with the best round's numbers, and register it."""
-        ...
-
-    def close_run(self, run_id: str, *, is_success: bool) -> None:
-        """End the run."""
-        ...
-
-    def url_of(self, experiment_id: str, run_id: str) -> str:
-        """Where people see the run."""
-        ...
-
-    def delete(self, project_id: ProjectId) -> None:
-        """Remove the project's experiment; an unknown one is no error."""
         ...
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from mlflow import MlflowClient
 
 from flops.adapters.memory_tracker import MemoryTracker
 from flops.adapters.mlflow_server import MlflowServer
 from flops.adapters.mlflow_tracker import ATTEMPT_TAG, LEARNER_RUNS_MOST, MlflowTracker
 from flops.core.ids import ProjectId
+from flops.core.run_end import RunEnd, RunStatus
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.contracts.tracker import (
     PARAMS,
@@ -250,3 +252,35 @@ def test_a_model_whose_recording_was_cut_off_is_completed(
     assert read_run(server.url, run_id).models == [(1, 0.51, 1.0)]
     found = httpx.get(f"{server.url}/api/2.0/mlflow/logged-models/{begun['model_id']}").json()["model"]
     assert found["info"]["status"] == "LOGGED_MODEL_READY"
+
+
+def test_the_end_of_a_run_is_there_to_be_read(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    tracker = make_tracker()
+    experiment_id, run_id = tracker.open_run(project_id, PARAMS, TAGS)
+    tracker.log_round(run_id, round_of(1))
+    late = make_tracker()
+    end = RunEnd(status=RunStatus.KILLED, summary="**Stopped** by request.", failure="Traceback: größe\n")
+    late.end_runs(project_id, end)
+    client = MlflowClient(server.url)
+    runs = client.search_runs([experiment_id])
+    assert {run.info.status for run in runs} == {"KILLED"}
+    assert all(run.info.end_time for run in runs)
+    assert client.get_run(run_id).data.tags["mlflow.note.content"].endswith("**Stopped** by request.")
+    path = f"{experiment_id}/{run_id}/artifacts/failure.txt"
+    text = httpx.get(f"{server.url}/api/2.0/mlflow-artifacts/artifacts/{path}").content.decode()
+    assert text == "Traceback: größe\n"
+    ended_at = client.get_run(run_id).info.end_time
+    late.end_runs(project_id, end.model_copy(update={"status": RunStatus.FAILED}))
+    assert client.get_run(run_id).info.end_time == ended_at
+
+
+def test_an_experiment_that_was_deleted_in_the_gui_is_left_alone(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    tracker = make_tracker()
+    experiment_id, _ = tracker.open_run(project_id, PARAMS, TAGS)
+    MlflowClient(server.url).delete_experiment(experiment_id)
+    tracker.end_runs(project_id, RunEnd(status=RunStatus.FAILED, summary="It failed."))
+    assert MlflowClient(server.url).get_experiment(experiment_id).lifecycle_stage == "deleted"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flops.core.ids import ProjectId
 from flops.core.project import Round, TrainedModel
+from flops.core.run_end import RunEnd
 from flops.errors import ErrorCode, FlopsError
 
 
@@ -26,13 +27,14 @@ class MemoryRun:
 
 
 class MemoryTracker:
-    """Implements `flops.ports.Tracker`.
+    """Implements `flops.tracker_port.Tracker`.
 
     `problem` is raised by every call while it is set: a tracking server that is away.
     """
 
     def __init__(self) -> None:
         self.runs: dict[ProjectId, MemoryRun] = {}
+        self.ends: dict[ProjectId, RunEnd] = {}
         self.problem: FlopsError | None = None
         self._lock = threading.Lock()
         self._versions: dict[str, int] = {}
@@ -49,7 +51,7 @@ class MemoryTracker:
                 self.runs[project_id] = run
             run.params = {**params, **run.params}
             run.tags.update(tags)
-            run.status = "RUNNING"
+            run.status = self.ends[project_id].status if project_id in self.ends else "RUNNING"
             return run.experiment_id, run.run_id
 
     def log_round(self, run_id: str, record: Round) -> None:
@@ -82,7 +84,19 @@ class MemoryTracker:
     def close_run(self, run_id: str, *, is_success: bool) -> None:
         """End the run."""
         with self._lock:
-            self._run(run_id).status = "FINISHED" if is_success else "FAILED"
+            run = self._run(run_id)
+            if not any(self.runs[project_id] is run for project_id in self.ends):
+                run.status = "FINISHED" if is_success else "FAILED"
+
+    def end_runs(self, project_id: ProjectId, end: RunEnd) -> None:
+        """End the project's run for good."""
+        with self._lock:
+            self._check()
+            run = self.runs.get(project_id)
+            if run is not None:
+                self.ends[project_id] = end
+                run.status = end.status
+                run.tags.update(end.tags)
 
     def url_of(self, experiment_id: str, run_id: str) -> str:
         """A link that leads nowhere."""
@@ -93,6 +107,7 @@ class MemoryTracker:
         with self._lock:
             self._check()
             self.runs.pop(project_id, None)
+            self.ends.pop(project_id, None)
 
     def _check(self) -> None:
         if self.problem is not None:

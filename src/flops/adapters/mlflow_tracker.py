@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +13,19 @@ from typing import Any
 
 import yaml
 
+from flops.adapters.mlflow_ends import mark_ended, set_status, status_of_ended, tell_end
 from flops.adapters.mlflow_rest import MlflowRest, RefusedError, items, json_number, key_of, now_ms
+from flops.adapters.mlflow_shapes import (
+    LEARNER_MARK,
+    TRAINING_MARK,
+    digest_of,
+    metrics_of,
+    metrics_of_part,
+    model_name_of,
+)
 from flops.core.ids import ProjectId
 from flops.core.project import Participant, Round, TrainedModel
+from flops.core.run_end import RunEnd
 from flops.errors import ErrorCode, FlopsError
 
 LEARNER_RUNS_MOST = 50  # above it a table per round, because a list of so many runs is unreadable
@@ -29,8 +37,6 @@ _LEARNER_TAG = "flops.learner"  # on a learner's run: its service id
 _PROJECT_TAG = "flops.project_id"
 _DIGEST_TAG = "flops.digest"  # of the exported folder
 _ROUND_TAG = "flops.round"
-_TRAINING_MARK = "round_duration_s"  # metrics that every round of a run has: they tell which rounds are there
-_LEARNER_MARK = "rows"
 _FLUSH_AFTER_S = 2.0
 _BATCH_METRICS = 1000  # MLflow's limits of one call
 _BATCH_ITEMS = 100
@@ -48,7 +54,7 @@ class _Series:
 
 
 class MlflowTracker:
-    """Implements `flops.ports.Tracker`.
+    """Implements `flops.tracker_port.Tracker`.
 
     An experiment is a project; it has one run, its training, whose metrics are the aggregated model's by
     round. Up to fifty learners have child runs, so that the GUI draws their curves beside each other. What is
@@ -99,15 +105,16 @@ class MlflowTracker:
                         _TRAINING_TAG: training,
                         _PROJECT_TAG: project_id,
                         "mlflow.source.name": "FLOps",
-                        "mlflow.note.content": f"Federated training of project {project_id}. "
-                        "Steps are rounds. Learners are child runs.",
+                        "mlflow.note.content": _note(project_id),
                     },
                 )
             run_id = str(run["info"]["run_id"])
             present = {item["key"] for item in run["data"].get("params", [])}
             self._log_params(run_id, {k: v for k, v in params.items() if key_of(k) not in present}, tags)
-            if run["info"]["status"] != "RUNNING":
+            if run["info"]["status"] != "RUNNING" and status_of_ended(self._api, experiment_id) is None:
                 self._api.call("POST", "runs/update", {"run_id": run_id, "status": "RUNNING"})
+            if (ended := status_of_ended(self._api, experiment_id)) is not None:
+                set_status(self._api, [self._run(run_id)], ended)
             return experiment_id, run_id
 
     def log_round(self, run_id: str, record: Round) -> None:
@@ -115,8 +122,8 @@ class MlflowTracker:
         with self._lock:
             series = self._series.get(run_id)
             if series is None:
-                series = self._series[run_id] = self._read_series(run_id, _TRAINING_MARK)
-            self._log_steps(series, {record.number: _metrics_of(record)})
+                series = self._series[run_id] = self._read_series(run_id, TRAINING_MARK)
+            self._log_steps(series, {record.number: metrics_of(record)})
             self._unsent.setdefault(run_id, {})[record.number] = record
             if time.monotonic() - self._flushed_at.get(run_id, 0.0) > _FLUSH_AFTER_S:
                 self._flush(run_id)
@@ -132,11 +139,11 @@ class MlflowTracker:
         """
         if not (folder / "MLmodel").is_file():
             raise FlopsError(ErrorCode.MODEL_EXPORT_FAILED, f"{folder} is not a folder of an MLflow model.")
-        model_name = _model_name(model_name)
+        model_name = model_name_of(model_name)
         with self._lock:
             self._flush(run_id)
             run = self._run(run_id)
-            digest = _digest_of(folder)
+            digest = digest_of(folder)
             model = self._logged_model(run, digest, best, model_name)
             model_id = str(model["info"]["model_id"])
             if model["info"]["status"] != "LOGGED_MODEL_READY":
@@ -166,20 +173,35 @@ class MlflowTracker:
             )
 
     def close_run(self, run_id: str, *, is_success: bool) -> None:
-        """End the run and those of its learners."""
-        status = "FINISHED" if is_success else "FAILED"
+        """End the run and those of its learners; one whose project has ended keeps its end."""
         with self._lock:
             self._flush(run_id)
             run = self._run(run_id)
-            children = self._search_runs(
-                run["info"]["experiment_id"], f"tags.`mlflow.parentRunId` = '{run_id}'"
-            )
-            for info in [*(child["info"] for child in children), run["info"]]:
-                if info["status"] != status:
-                    body = {"run_id": info["run_id"], "status": status, "end_time": now_ms()}
-                    self._api.call("POST", "runs/update", body)
+            experiment_id = run["info"]["experiment_id"]
+            status = status_of_ended(self._api, experiment_id) or ("FINISHED" if is_success else "FAILED")
+            children = self._search_runs(experiment_id, f"tags.`mlflow.parentRunId` = '{run_id}'")
+            set_status(self._api, [*children, run], status)
+            if (ended := status_of_ended(self._api, experiment_id)) not in {None, status}:
+                set_status(self._api, [self._run(r["info"]["run_id"]) for r in (*children, run)], str(ended))
             for cache in (self._series, self._learners, self._unsent, self._flushed_at):
                 cache.pop(run_id, None)
+
+    def end_runs(self, project_id: ProjectId, end: RunEnd) -> None:
+        """End all runs of a project for good, and write on its training's run why it ended.
+
+        An unknown project is no error, nor is one whose experiment somebody has deleted.
+        """
+        with self._lock:
+            experiment = self._find_experiment(_experiment_name(project_id))
+            if experiment is None or experiment["lifecycle_stage"] == "deleted":
+                return
+            experiment_id = str(experiment["experiment_id"])
+            mark_ended(self._api, experiment_id, end.status)
+            runs = self._search_runs(experiment_id, "")
+            set_status(self._api, runs, end.status)
+            for run in runs:
+                if any(tag["key"] == _TRAINING_TAG for tag in run["data"].get("tags", [])):
+                    tell_end(self._api, run, end, _note(project_id))
 
     def url_of(self, experiment_id: str, run_id: str) -> str:
         """Where people see the run; without the last part the GUI opens in its mode for language models."""
@@ -202,7 +224,7 @@ class MlflowTracker:
     # Experiments and runs
 
     def _experiment(self, project_id: ProjectId) -> str:
-        name = f"FLOps Project {project_id}"
+        name = _experiment_name(project_id)
         experiment = self._find_experiment(name)
         if experiment is None:
             tags = {
@@ -315,7 +337,7 @@ class MlflowTracker:
                 by_learner.setdefault(part.learner, {})[number] = part
         for learner, parts in by_learner.items():
             series = self._learner_series(run_id, learner, next(iter(parts.values())).node)
-            self._log_steps(series, {number: _metrics_of_part(part) for number, part in parts.items()})
+            self._log_steps(series, {number: metrics_of_part(part) for number, part in parts.items()})
         unsent.clear()
         self._flushed_at[run_id] = time.monotonic()
 
@@ -329,9 +351,9 @@ class MlflowTracker:
         if child is None:
             tags = {"mlflow.parentRunId": run_id, _LEARNER_TAG: learner, "flops.node": node}
             child = self._create_run(experiment_id, f"{node} · {learner}", tags)
-            series = _Series(str(child["info"]["run_id"]), _LEARNER_MARK)
+            series = _Series(str(child["info"]["run_id"]), LEARNER_MARK)
         else:
-            series = self._read_series(str(child["info"]["run_id"]), _LEARNER_MARK)
+            series = self._read_series(str(child["info"]["run_id"]), LEARNER_MARK)
         children[learner] = series
         return series
 
@@ -452,37 +474,9 @@ class MlflowTracker:
                 self._api.call("DELETE", "registered-models/delete", {"name": name})
 
 
-def _metrics_of(record: Round) -> dict[str, float]:
-    parts = record.participants
-    metrics = {key_of(key): value for key, value in record.metrics.items()}
-    metrics |= {
-        "learners": len(parts),
-        "learners_left_out": len(record.left_out),
-        "rows": sum(part.rows for part in parts),
-        _TRAINING_MARK: record.duration_s,
-        "slowest_fit_s": max((part.fit_s for part in parts), default=0.0),
-        "slowest_evaluate_s": max((part.evaluate_s for part in parts), default=0.0),
-    }
-    return metrics | _known({"accuracy": record.accuracy, "loss": record.loss})
+def _experiment_name(project_id: ProjectId) -> str:
+    return f"FLOps Project {project_id}"
 
 
-def _metrics_of_part(part: Participant) -> dict[str, float]:
-    metrics = {_LEARNER_MARK: float(part.rows), "fit_s": part.fit_s, "evaluate_s": part.evaluate_s}
-    return metrics | _known({"accuracy": part.accuracy, "loss": part.loss})
-
-
-def _known(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if value is not None}
-
-
-def _model_name(name: str) -> str:
-    """A name as MLflow takes it for models: without slash, colon, dot, percent sign and quotes."""
-    return re.sub(r"[/:.%\"'`]", "_", name).strip() or "model"
-
-
-def _digest_of(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()
+def _note(project_id: ProjectId) -> str:
+    return f"Federated training of project {project_id}. Steps are rounds. Learners are child runs."

@@ -6,6 +6,7 @@ from typing import Any
 
 from flops.core.effects import Effect, EffectKind
 from flops.core.events import LifecycleEvent
+from flops.core.ids import ProjectId
 from flops.core.model import Value
 from flops.core.project import Project, ProjectEvent, Stage, StageSpan
 
@@ -67,12 +68,17 @@ class Change:
         self.set(history_length=seq)
 
     def request(self, kind: EffectKind, **payload: Any) -> None:
-        """Have an effect run after the step is stored.
+        """Have an effect run after the step is stored."""
+        self._request(kind, self.project.id, payload)
 
-        The key holds the version which the step makes: a version is stored once, so the key is used once.
-        """
+    def request_beyond_end(self, kind: EffectKind) -> None:
+        """Have an effect run that is not forgotten with the project; its payload has the project's id."""
+        self._request(kind, ProjectId(""), {"project_id": self.project.id})
+
+    def _request(self, kind: EffectKind, owner: ProjectId, payload: dict[str, Any]) -> None:
+        """The key holds the version that the step makes: a version is stored once, so the key is used once."""
         key = f"{self.project.id}:{self._before.version + 1}:{len(self._effects)}:{kind.value}"
-        self._effects.append(Effect(key=key, project_id=self.project.id, kind=kind, payload=payload))
+        self._effects.append(Effect(key=key, project_id=owner, kind=kind, payload=payload))
 
     def finish(self) -> Step:
         """The step; nothing at all when nothing changed."""

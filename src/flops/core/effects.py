@@ -26,10 +26,15 @@ class EffectKind(StrEnum):
     START_INFERENCE = "start_inference"
     STOP_SERVICES = "stop_services"  # payload: service ids
     DELETE_PROJECT = "delete_project"
+    END_TRACKING = "end_tracking"  # no run of the project goes on in the record of experiments
+    DELETE_TRACKING = "delete_tracking"  # payload: project_id; stored beside the project, which it outlives
 
 
 class Effect(Value):
-    """One thing to do for a project; `key` is unique over all projects and times."""
+    """One thing to do for a project; `key` is unique over all projects and times.
+
+    `project_id` is "" for an effect that outlives its project.
+    """
 
     key: str
     project_id: ProjectId

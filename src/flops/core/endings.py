@@ -22,6 +22,7 @@ def fail(change: Change, failure: Failure) -> None:
         stage=stage.value,
         failure=failure.model_dump(mode="json"),
     )
+    end_tracking(change)
     stop_services(change, change.project.services)
 
 
@@ -38,6 +39,13 @@ def stop_services(change: Change, services: Iterable[ServiceId]) -> None:
         change.request(EffectKind.STOP_SERVICES, services=chosen)
 
 
+def end_tracking(change: Change) -> None:
+    """Have the project's run ended, if there may be one: the aggregator that opens it was placed."""
+    project = change.project
+    if not project.is_deletion_requested and any(span.stage is Stage.PLACING for span in project.spans):
+        change.request(EffectKind.END_TRACKING)
+
+
 def end_if_nothing_runs(change: Change) -> None:
     """End a stopping project, and delete one that is to be deleted, when nothing of it runs any more.
 
@@ -50,6 +58,8 @@ def end_if_nothing_runs(change: Change) -> None:
         change.set(services=(), lost_services=())
         change.enter(Stage.STOPPED, "Stopped.")
         change.note("The project has stopped; nothing of it runs any more.", kind="project_stopped")
+        end_tracking(change)
     if project.is_deletion_requested:
         change.set(services=(), lost_services=(), doing="Is being deleted.")
         change.request(EffectKind.DELETE_PROJECT)
+        change.request_beyond_end(EffectKind.DELETE_TRACKING)

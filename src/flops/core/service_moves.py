@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from flops.core.change import Change
 from flops.core.cluster import ServiceKind, ServiceState
-from flops.core.endings import end_if_nothing_runs, fail
+from flops.core.endings import end_if_nothing_runs, end_tracking, fail
 from flops.core.events import ServiceChanged, ServiceProgressed, ServiceTold
 from flops.core.ids import ServiceId, make_service_id
 from flops.core.project import Failure, Project, Stage
@@ -52,6 +52,9 @@ def forget(change: Change, services: Iterable[ServiceId]) -> None:
         services=tuple(service for service in project.services if service not in gone),
         lost_services=tuple(service for service in project.lost_services if service not in gone),
     )
+    aggregator = service_id(ServiceKind.AGGREGATOR.value, project)
+    if project.stage is Stage.FAILED and aggregator in gone & set(project.services):
+        end_tracking(change)  # it may have opened the run after the failure was told
 
 
 def progressed(change: Change, event: ServiceProgressed) -> None:

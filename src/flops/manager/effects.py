@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 
 from flops.core.cluster import ServiceSpec
@@ -17,12 +16,22 @@ from flops.core.events import (
 from flops.core.ids import NodeId, ProjectId, ServiceId
 from flops.core.placement import place_inference, place_project
 from flops.core.project import Environment, Project, Stage
+from flops.core.run_end import run_end_of
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.options import EngineOptions
 from flops.manager.service_specs import aggregator_spec, builder_spec, inference_spec, learner_specs
-from flops.ports import Blobs, MLRepos, Orchestrator, ProjectStore, Tracker
+from flops.ports import Blobs, MLRepos, Orchestrator, ProjectStore
+from flops.tracker_port import Tracker
 
-_log = logging.getLogger(__name__)
+# What has to be done however long it takes: the outside world is to be left as if nothing had been.
+NEVER_GIVEN_UP = frozenset(
+    {
+        EffectKind.STOP_SERVICES,
+        EffectKind.DELETE_PROJECT,
+        EffectKind.END_TRACKING,
+        EffectKind.DELETE_TRACKING,
+    }
+)
 
 
 class EffectRunner:
@@ -34,7 +43,7 @@ class EffectRunner:
         repos: Git repositories with training code.
         blobs: bundles and locks.
         options: the engine's options.
-        tracker: the record of experiments, to remove those of deleted projects; None leaves them.
+        tracker: the record of experiments, whose runs end with their projects; None leaves them.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class EffectRunner:
             EffectKind.START_INFERENCE: self._start_inference,
             EffectKind.STOP_SERVICES: self._stop_services,
             EffectKind.DELETE_PROJECT: self._delete_project,
+            EffectKind.END_TRACKING: self._end_tracking,
         }
 
     def run(self, effect: Effect) -> LifecycleEvent | None:
@@ -70,11 +80,14 @@ class EffectRunner:
         Raises:
             FlopsError: whatever is in the way.
         """
+        if effect.kind is EffectKind.DELETE_TRACKING:
+            self._delete_tracking(effect)
+            return None
         project = self._find(effect.project_id)
         if project is None:
             return None
         is_ending = project.stage.is_final or project.stage is Stage.STOPPING
-        if is_ending and effect.kind not in {EffectKind.STOP_SERVICES, EffectKind.DELETE_PROJECT}:
+        if is_ending and effect.kind not in NEVER_GIVEN_UP:
             return None
         return self._actions[effect.kind](project, effect)
 
@@ -151,9 +164,12 @@ class EffectRunner:
     def _delete_project(self, project: Project, _effect: Effect) -> None:
         for service in self._orchestrator.services(project.id):
             self._orchestrator.remove_service(service.spec.id)
-        if self._tracker is not None:
-            try:
-                self._tracker.delete(project.id)
-            except FlopsError as exc:  # the user asked for the project's end: MLflow must not prevent it
-                _log.warning("the experiment of project %s was left behind: %s", project.id, exc)
         self._store.delete(project.id)
+
+    def _end_tracking(self, project: Project, _effect: Effect) -> None:
+        if self._tracker is not None and not project.is_deletion_requested:
+            self._tracker.end_runs(project.id, run_end_of(project))
+
+    def _delete_tracking(self, effect: Effect) -> None:
+        if self._tracker is not None:
+            self._tracker.delete(ProjectId(effect.payload["project_id"]))

@@ -29,18 +29,18 @@ from flops.core.project import Failure, MockData, Project, ProjectEvent, Stage
 from flops.core.sla import MockDataSla, ProjectSla, TrainingMode
 from flops.errors import ErrorCode, FlopsError
 from flops.log import log_context
-from flops.manager.effects import EffectRunner
+from flops.manager.effects import NEVER_GIVEN_UP, EffectRunner
 from flops.manager.event_pump import EventPump
 from flops.manager.executor import EffectExecutor
 from flops.manager.mock_data import MockDataProviders
 from flops.manager.options import EngineOptions
 from flops.manager.translation import translate
-from flops.ports import Blobs, Clock, MLRepos, Orchestrator, ProjectStore, Tracker
+from flops.ports import Blobs, Clock, MLRepos, Orchestrator, ProjectStore
+from flops.tracker_port import Tracker
 
 _log = logging.getLogger(__name__)
 
 _TRANSIENT = {ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.DISK_FULL}
-_NEVER_GIVEN_UP = {EffectKind.STOP_SERVICES, EffectKind.DELETE_PROJECT}
 _MAX_PAUSE_S = 10.0
 
 
@@ -54,7 +54,7 @@ class Engine:
         blobs: bundles and locks.
         clock: stamps what happens.
         options: see `EngineOptions`.
-        tracker: removes the experiments of deleted projects; None leaves them.
+        tracker: the record of experiments, whose runs end with their projects; None leaves them.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Engine:
                 event = StepFailed(kind=effect.kind, failure=failure)
             except Exception as exc:  # noqa: BLE001 (whatever it is, it is this project's failure only)
                 _log.exception("effect %s raised", effect.key)
-                if effect.kind in _NEVER_GIVEN_UP:
+                if effect.kind in NEVER_GIVEN_UP:
                     return _MAX_PAUSE_S
                 event = Aborted(failure=_internal(f"{effect.kind.value} raised {type(exc).__name__}: {exc}"))
             if event is not None:
@@ -263,7 +263,7 @@ class Engine:
             return None
 
     def _is_worth_another(self, effect: Effect, exc: FlopsError, waited_s: float) -> bool:
-        if effect.kind in _NEVER_GIVEN_UP:
+        if effect.kind in NEVER_GIVEN_UP:
             return True
         if exc.code is ErrorCode.PLACEMENT_IMPOSSIBLE:
             # Nodes reconnect within seconds after the control plane's restart or a break of the network, and

@@ -27,7 +27,8 @@ from flops.core.project import Environment, Participant, Project, Round, Trained
 from flops.core.sla import ProjectSla, parse_project_sla
 from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
-from flops.ports import ProjectStore, Tracker
+from flops.ports import ProjectStore
+from flops.tracker_port import Tracker
 
 REPO_URL = "https://git.example/mnist"
 DEADLINE_S = 20.0

@@ -22,7 +22,7 @@ from flops.core.project import Round
 from flops.core.rounds import best_round, reason_to_end
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import Tracker
+from flops.tracker_port import Tracker
 from flops.trainer.checkpoint import CheckpointStore
 from flops.trainer.delivery import keep_best, pack, patiently, store_bundle
 from flops.trainer.links import LearnerServer, Link

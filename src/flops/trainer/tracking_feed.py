@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from flops.core.ids import ProjectId
 from flops.core.project import Round
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import Tracker
+from flops.tracker_port import Tracker
 
 _log = logging.getLogger(__name__)
 _FIRST_BACK_OFF_S = 0.1

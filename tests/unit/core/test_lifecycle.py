@@ -394,7 +394,7 @@ def test_a_deletion_removes_the_project_when_nothing_runs_any_more(stage: Stage)
     assert set(services) <= deleted.stopped()
     deleted.happen(*(changed(service, ServiceState.STOPPED) for service in services))
     assert deleted.kinds().count(EffectKind.DELETE_PROJECT) == 1
-    assert deleted.effects[-1].kind is EffectKind.DELETE_PROJECT
+    assert deleted.kinds()[-2:] == [EffectKind.DELETE_PROJECT, EffectKind.DELETE_TRACKING]
 
 
 @pytest.mark.parametrize("kind", list(EffectKind))

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from flops.adapters.memory_store import MemoryProjectStore
+from flops.adapters.memory_tracker import MemoryTracker
 from flops.adapters.sql_store import SqlProjectStore
 from flops.core.cluster import AddonState, ServiceKind, ServiceState
-from flops.core.effects import Effect
+from flops.core.effects import Effect, EffectKind
 from flops.core.ids import NodeId, ProjectId, ServiceId
-from flops.core.project import Project, ProjectEvent, Round, Stage, TrainedModel
+from flops.core.project import Project, ProjectEvent, Stage
 from flops.core.sla import MockDataSla, parse_mock_data_sla
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.projects import REPO_URL, PlayedCluster, played_cluster, raw_sla, sla_with
+from flops.testing.waiting import until
 
 
 def mock_sla(**configuration: Any) -> MockDataSla:
@@ -26,34 +28,6 @@ def mock_sla(**configuration: Any) -> MockDataSla:
 
 def is_ended(project: Project) -> bool:
     return project.stage.is_final and not project.services
-
-
-class Experiments:
-    """A tracker whose experiments can be deleted, and nothing else."""
-
-    def __init__(self, error: FlopsError | None = None) -> None:
-        self.deleted: list[str] = []
-        self._error = error
-
-    def open_run(self, project_id: ProjectId, params: Any, tags: Any) -> tuple[str, str]:
-        raise AssertionError
-
-    def log_round(self, run_id: str, record: Round) -> None:
-        raise AssertionError
-
-    def log_model(self, run_id: str, folder: Path, best: Round, model_name: str) -> TrainedModel:
-        raise AssertionError
-
-    def close_run(self, run_id: str, *, is_success: bool) -> None:
-        raise AssertionError
-
-    def url_of(self, experiment_id: str, run_id: str) -> str:
-        raise AssertionError
-
-    def delete(self, project_id: ProjectId) -> None:
-        if self._error is not None:
-            raise self._error
-        self.deleted.append(project_id)
 
 
 class DyingStore(MemoryProjectStore):
@@ -327,10 +301,15 @@ def test_a_stop_before_the_repository_is_found_ends_at_once() -> None:
         assert cluster.engine.get(project.id).stage is Stage.STOPPED
 
 
+def is_quiet(cluster: PlayedCluster) -> bool:
+    """Whether nothing is left to do."""
+    return cluster.store.pending_effects() == []
+
+
 @pytest.mark.parametrize("played", ["nothing", "build", "train", "all"])
 def test_a_project_is_deleted_at_any_stage_with_all_that_belongs_to_it(played: str) -> None:
-    experiments = Experiments()
-    with played_cluster(tracker=experiments) as cluster:
+    tracker = MemoryTracker()
+    with played_cluster(tracker=tracker) as cluster:
         project = cluster.engine.submit(sla_with())
         if played in {"build", "train"}:
             cluster.build(project.id)
@@ -340,30 +319,107 @@ def test_a_project_is_deleted_at_any_stage_with_all_that_belongs_to_it(played: s
         if played == "all":
             cluster.play_to_the_end(project.id)
             cluster.wait(project.id, lambda p: p.stage is Stage.COMPLETED)
-        gone = threading.Event()
-
-        def look(_project_id: ProjectId) -> None:
-            if not cluster.engine.projects():
-                gone.set()
-
-        cluster.engine.subscribe(look)
+        tracker.open_run(project.id, {}, {})
         cluster.engine.delete(project.id)
-        assert gone.wait(10), cluster.story(project.id)
+        until(lambda: not cluster.engine.projects() and is_quiet(cluster), "the deletion")
         assert cluster.orchestrator.services() == []
-        assert cluster.store.pending_effects() == []
-        assert experiments.deleted == [project.id]
+        assert tracker.runs == {}
         with pytest.raises(FlopsError, match=project.id):
             cluster.engine.delete(project.id)
 
 
-def test_a_dead_tracking_server_does_not_keep_a_project_from_being_deleted() -> None:
-    experiments = Experiments(FlopsError(ErrorCode.TRACKING_FAILED, "MLflow is away."))
-    with played_cluster(tracker=experiments) as cluster:
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_tracking_server_that_is_away_does_not_hold_up_a_deletion(is_restarted: bool) -> None:
+    tracker = MemoryTracker()
+    with played_cluster(tracker=tracker) as cluster:
         project = cluster.engine.submit(sla_with())
-        gone = threading.Event()
-        cluster.engine.subscribe(lambda _id: None if cluster.engine.projects() else gone.set())
+        tracker.open_run(project.id, {}, {})
+        tracker.problem = FlopsError(ErrorCode.UNREACHABLE, "MLflow is away.")
         cluster.engine.delete(project.id)
-        assert gone.wait(10)
+        until(lambda: not cluster.engine.projects(), "the deletion")
+        assert [effect.kind for effect in cluster.store.pending_effects()] == [EffectKind.DELETE_TRACKING]
+        if is_restarted:
+            cluster.restart()
+        tracker.problem = None
+        until(lambda: is_quiet(cluster), "the end of the experiment")
+        assert tracker.runs == {}
+
+
+def play_a_training(cluster: PlayedCluster, tracker: MemoryTracker) -> tuple[ProjectId, ServiceId]:
+    """Play a project until its learners have joined, with its run open; returns it and its aggregator."""
+    project = cluster.engine.submit(sla_with())
+    cluster.build(project.id)
+    aggregator = cluster.listen(project.id)
+    cluster.join_learners(project.id)
+    tracker.open_run(project.id, {}, {})
+    cluster.wait(project.id, lambda p: p.training is not None and len(p.training.learners) == 2)
+    return project.id, aggregator
+
+
+def test_the_run_of_a_failed_project_tells_why() -> None:
+    tracker = MemoryTracker()
+    with played_cluster(tracker=tracker) as cluster:
+        project_id, aggregator = play_a_training(cluster, tracker)
+        details = {
+            "node": "beta",
+            "round": 2,
+            "traceback": "Traceback:\n  File 'm.py', line 3\nValueError: no",
+        }
+        error = FlopsError(ErrorCode.USER_CODE_FAILED, "ValueError: no", details=details)
+        cluster.orchestrator.tell(aggregator, "failed", error=error.to_dict())
+        until(lambda: tracker.runs[project_id].status == "FAILED", "the run's end")
+        tags = tracker.runs[project_id].tags
+        assert tags["flops.failure.code"] == "user_code_failed"
+        assert (tags["flops.failure.node"], tags["flops.failure.round"]) == ("beta", "2")
+        assert "File 'm.py', line 3" in tracker.ends[project_id].failure
+        assert "on beta in round 2: ValueError: no" in tracker.ends[project_id].summary
+        tracker.open_run(project_id, {}, {})  # by the aggregator, which was started once more
+        assert tracker.runs[project_id].status == "FAILED"
+
+
+def test_a_run_that_was_opened_after_the_failure_is_ended_with_its_aggregator() -> None:
+    tracker = MemoryTracker()
+    with played_cluster(tracker=tracker, nodes_obey=False) as cluster:
+        project = cluster.engine.submit(sla_with())
+        cluster.build(project.id)
+        aggregator = cluster.listen(project.id)
+        cluster.orchestrator.tell(
+            aggregator, "failed", error=FlopsError(ErrorCode.AGGREGATION_FAILED, "NaN.").to_dict()
+        )
+        cluster.wait(project.id, lambda p: p.stage is Stage.FAILED)
+        until(lambda: not tracking_effects(cluster), "the first look")
+        tracker.open_run(project.id, {}, {})
+        cluster.orchestrator.report(aggregator, ServiceState.STOPPED)
+        until(lambda: tracker.runs[project.id].status == "FAILED", "the run's end")
+
+
+def tracking_effects(cluster: PlayedCluster) -> list[Effect]:
+    return [effect for effect in cluster.store.pending_effects() if effect.kind is EffectKind.END_TRACKING]
+
+
+def test_the_run_of_a_stopped_project_is_killed_also_when_the_tracking_server_was_away() -> None:
+    tracker = MemoryTracker()
+    with played_cluster(tracker=tracker) as cluster:
+        project_id, _ = play_a_training(cluster, tracker)
+        tracker.problem = FlopsError(ErrorCode.UNREACHABLE, "MLflow is away.")
+        cluster.engine.stop(project_id)
+        cluster.wait(project_id, is_ended)
+        cluster.restart()
+        tracker.problem = None
+        until(lambda: is_quiet(cluster), "the run's end")
+        assert tracker.runs[project_id].status == "KILLED"
+
+
+def test_a_completed_training_stays_so_when_its_deployment_fails() -> None:
+    tracker = MemoryTracker()
+    with played_cluster(tracker=tracker) as cluster:
+        project_id, _ = play_a_training(cluster, tracker)
+        cluster.train(project_id)
+        cluster.finish_training(project_id)
+        inference = cluster.wait_for_service(f"inference-{project_id}")
+        cluster.orchestrator.report(inference, ServiceState.FAILED, exit_code=1)
+        until(lambda: tracker.runs[project_id].status == "FINISHED", "the run's end")
+        assert tracker.runs[project_id].tags["flops.failure.code"] == "service_failed"
 
 
 def test_learners_follow_an_aggregator_to_another_address() -> None:

@@ -11,7 +11,7 @@ from flops.adapters.memory_tracker import MemoryTracker
 from flops.core.ids import ProjectId
 from flops.core.project import Round
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import Tracker
+from flops.tracker_port import Tracker
 from flops.trainer.tracking_feed import TrackedRun, TrackingFeed
 
 PROJECT = ProjectId("p1")

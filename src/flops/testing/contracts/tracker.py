@@ -1,4 +1,4 @@
-"""What every `flops.ports.Tracker` does."""
+"""What every `flops.tracker_port.Tracker` does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 from flops.core.ids import ProjectId
 from flops.core.project import Participant, Round
+from flops.core.run_end import RunEnd, RunStatus
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import Tracker
+from flops.tracker_port import Tracker
 
 PARAMS = {"strategy": "FedAvg", "rounds": "3", "min_available_clients": "2"}
 TAGS = {"commit": "0123abcd", "data_tags": "mnist"}
@@ -23,7 +24,7 @@ class RecordedRun:
 
     params: dict[str, str]
     tags: dict[str, str]
-    status: str  # RUNNING, FINISHED or FAILED
+    status: str  # RUNNING, FINISHED, FAILED or KILLED
     accuracy: list[tuple[int, float]] = field(default_factory=list)  # (round, value), as recorded
     loss: list[tuple[int, float]] = field(default_factory=list)
     learner_accuracy: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by service id
@@ -194,3 +195,35 @@ class TrackerContract:
         _, run_id = tracker.open_run(project_id, {}, {})
         run = read(run_id)
         assert (run.accuracy, run.models, run.params) == ([], [], {})
+
+    def test_no_run_goes_on_after_its_project(
+        self, tracker: Tracker, read: Callable[[str], RecordedRun], project_id: ProjectId
+    ) -> None:
+        _, run_id = tracker.open_run(project_id, PARAMS, TAGS)
+        tracker.log_round(run_id, round_of(1))
+        failed = RunEnd(
+            status=RunStatus.FAILED,
+            summary="It failed.",
+            tags={"flops.failure.code": "internal"},
+            failure="Traceback\n",
+        )
+        for _ in range(2):
+            tracker.end_runs(project_id, failed)
+        assert (read(run_id).status, read(run_id).tags["flops.failure.code"]) == ("FAILED", "internal")
+        # An aggregator that is still there, or was started once more, changes nothing of that.
+        tracker.log_round(run_id, round_of(2))
+        tracker.close_run(run_id, is_success=True)
+        assert read(run_id).status == "FAILED"
+        assert tracker.open_run(project_id, PARAMS, TAGS)[1] == run_id
+        assert read(run_id).status == "FAILED"
+
+    def test_a_stop_is_told_from_a_failure_in_whatever_order_it_comes(
+        self, tracker: Tracker, read: Callable[[str], RecordedRun], project_id: ProjectId
+    ) -> None:
+        _, run_id = tracker.open_run(project_id, PARAMS, TAGS)
+        tracker.close_run(run_id, is_success=False)
+        tracker.end_runs(project_id, RunEnd(status=RunStatus.KILLED, summary="It was stopped."))
+        assert read(run_id).status == "KILLED"
+
+    def test_a_project_without_runs_ends_without_one(self, tracker: Tracker, project_id: ProjectId) -> None:
+        tracker.end_runs(project_id, RunEnd(status=RunStatus.KILLED, summary="It was stopped."))
