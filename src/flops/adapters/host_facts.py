@@ -47,16 +47,18 @@ class LocalHost:
             flops_version=self._version,
             cpu_cores=len(os.sched_getaffinity(0)),
             memory_mb=_memory_bytes() // _MB,
-            disk_free_mb=self._disk_free_mb(),
+            disk_free_mb=self._disk_mb()[0],
             gpus=_gpus(),
         )
 
     def load(self) -> NodeLoad:
         """What it is doing right now; quick."""
+        free_mb, total_mb = self._disk_mb()
         return NodeLoad(
             cpu_percent=psutil.cpu_percent(),
             memory_percent=psutil.virtual_memory().percent,
-            disk_free_mb=self._disk_free_mb(),
+            disk_free_mb=free_mb,
+            disk_total_mb=total_mb,
         )
 
     def address(self) -> str:
@@ -64,10 +66,12 @@ class LocalHost:
         public = _public_address() if self._is_public else None
         return public or _address_towards(self._cluster_address)
 
-    def _disk_free_mb(self) -> int:
+    def _disk_mb(self) -> tuple[int, int]:
+        """Free and total."""
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(self._state_dir).free // _MB
-        return 0
+            usage = shutil.disk_usage(self._state_dir)
+            return usage.free // _MB, usage.total // _MB
+        return 0, 0
 
 
 def _address_towards(host: str) -> str:

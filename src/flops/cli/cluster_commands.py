@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flops.cli.connection import connected, read_sla
+from flops.cli.findings import health_line, show_one_node
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, print_table, say
 from flops.errors import ErrorCode, FlopsError
 
@@ -27,7 +28,7 @@ _ANNOUNCED_WITHIN_S = 20.0  # nodes look for new rows every few seconds
 
 @node.command("list")
 def list_nodes(output_format: FormatOption = OutputFormat.TABLE) -> None:
-    """List the nodes with their addons and data tags."""
+    """List the nodes with their health, addons and data tags."""
     from flops.wire.rest import NodeList
 
     with connected() as api:
@@ -38,6 +39,7 @@ def list_nodes(output_format: FormatOption = OutputFormat.TABLE) -> None:
             (
                 n.name,
                 "connected" if n.is_connected else "gone",
+                health_line(n.health),
                 ", ".join(f"{a.name} ({a.state})" for a in n.addons),
                 ", ".join(f"{t.name} ({t.rows:,} rows)" for t in n.data_tags),
                 f"{n.facts.architecture}, {n.facts.cpu_cores} cores, {n.facts.memory_mb:,} MB",
@@ -45,10 +47,29 @@ def list_nodes(output_format: FormatOption = OutputFormat.TABLE) -> None:
             for n in nodes
         ]
         print_table(
-            ["node", "state", "addons", "data tags", "machine"], rows, empty="No node has joined yet."
+            ["node", "state", "health", "addons", "data tags", "machine"],
+            rows,
+            empty="No node has joined yet.",
         )
 
     print_data(nodes, output_format, show)
+
+
+@node.command("show")
+def show_node(
+    name: Annotated[str, typer.Argument(help="Name or id of the node.")],
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Show a node: its machine, addons and data, and what is wrong with it."""
+    from flops.wire.rest import NodeList
+
+    with connected() as api:
+        nodes = api.get("/nodes", NodeList).nodes
+    found = next((n for n in nodes if name in {n.id, n.name}), None)
+    if found is None:
+        known = ", ".join(n.name for n in nodes) or "none has joined yet"
+        raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"There is no node {name!r}; there are: {known}.")
+    print_data(found, output_format, lambda: show_one_node(found))
 
 
 @mock_data.command("create")

@@ -30,6 +30,7 @@ class Addon(Value):
     name: str
     state: AddonState
     detail: str = ""  # why it is unhealthy, in one sentence
+    port: int = 0  # where what it runs listens, at the node's address; 0 for nowhere
 
 
 class DataTag(Value):
@@ -66,6 +67,7 @@ class NodeLoad(Value):
     cpu_percent: float = 0.0
     memory_percent: float = 0.0
     disk_free_mb: int = 0
+    disk_total_mb: int = 0  # 0 for not known
 
 
 class Node(Value):
@@ -81,6 +83,8 @@ class Node(Value):
     is_connected: bool = False
     joined_at_s: float = 0.0
     last_seen_s: float = 0.0
+    clock_skew_s: float | None = None  # how far its clock is ahead of the control plane's; None: not known
+    has_said_goodbye: bool = False  # its NodeEngine was stopped on purpose
 
     def has_addon(self, name: str) -> bool:
         """Whether the addon is on and healthy."""

@@ -11,6 +11,8 @@ import secrets
 import threading
 from collections.abc import Callable
 
+from flops import __version__
+from flops.command import StoppedError, stopped_when
 from flops.core.cluster import AddonState, ClusterEvent, Node, Service, ServiceKind
 from flops.core.effects import Effect, EffectKind
 from flops.core.events import (
@@ -22,6 +24,7 @@ from flops.core.events import (
     StopRequested,
     Submitted,
 )
+from flops.core.health import ExaminedNode, examine_nodes
 from flops.core.ids import ProjectId, ServiceId
 from flops.core.lifecycle import IllegalTransitionError, Step, new_project, step
 from flops.core.mock_progress import RUNNING
@@ -194,6 +197,10 @@ class Engine:
     def nodes(self) -> list[Node]:
         """All nodes of the cluster."""
         return self._orchestrator.nodes()
+
+    def examined_nodes(self) -> list[ExaminedNode]:
+        """All nodes of the cluster, each with its health."""
+        return examine_nodes(self.nodes(), self.services(), self._clock.now_s(), __version__)
 
     def services(self, project_id: str | None = None) -> list[Service]:
         """All services of the cluster, or those of one project."""

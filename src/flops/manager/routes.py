@@ -166,8 +166,8 @@ def _add_cluster(router: APIRouter, engine: Engine, status: Callable[[], Control
 
     @router.get("/nodes", tags=["cluster"])
     def list_nodes() -> NodeList:
-        """All nodes, connected or not."""
-        return NodeList(nodes=tuple(engine.nodes()))
+        """All nodes, connected or not, each with its health."""
+        return NodeList(nodes=tuple(engine.examined_nodes()))
 
     @router.get("/services", tags=["cluster"])
     def list_services() -> ServiceList:

@@ -212,7 +212,8 @@ class DataServerAddon:
     def _set(self, state: AddonState, detail: str) -> None:
         if state is not self._state.state:
             _log.info("addon %s: %s %s", self._name, state.value, detail)
-        self._state = Addon(name=self._name, state=state, detail=detail)
+        port = endpoint_port(self._plan.folder) if state is AddonState.HEALTHY else 0
+        self._state = Addon(name=self._name, state=state, detail=detail, port=port)
 
     def stop(self) -> None:
         """End the server."""

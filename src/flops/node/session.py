@@ -73,6 +73,7 @@ class NodeView:
     load: Callable[[], NodeLoad]
     addons: Callable[[], tuple[Addon, ...]]
     data_tags: Callable[[], tuple[DataTag, ...]]
+    clock_s: Callable[[], float]
 
 
 class Session:
@@ -110,6 +111,7 @@ class Session:
                 addons=addons,
                 data_tags=tags,
                 services=tuple(statuses.values()),
+                clock_s=self._view.clock_s(),
             )
         )
         self._told, self._told_addons = dict(statuses), (addons, tags)
@@ -206,7 +208,13 @@ class Session:
         addons, tags = self._view.addons(), self._view.data_tags()
         self._told_addons = (addons, tags)
         self._connection.send(
-            Heartbeat(load=self._view.load(), addons=addons, data_tags=tags, services=tuple(told))
+            Heartbeat(
+                load=self._view.load(),
+                addons=addons,
+                data_tags=tags,
+                services=tuple(told),
+                clock_s=self._view.clock_s(),
+            )
         )
 
     def _obey(self, message: FromCluster) -> None:

@@ -243,7 +243,7 @@ class ClusterOrchestrator:
                 case Hello():
                     self._refresh(session, message)
                 case Goodbye():
-                    self._lose(session.node_id, "was stopped")
+                    self._lose(session.node_id, "was stopped", is_goodbye=True)
 
     def disconnect(self, session: NodeSession) -> None:
         """A connection has ended; its node counts as gone unless it is back in time."""
@@ -293,6 +293,7 @@ class ClusterOrchestrator:
             is_connected=True,
             joined_at_s=known.joined_at_s if known else now_s,
             last_seen_s=now_s,
+            clock_skew_s=self._records.skew_of(session.node_id, hello.clock_s, now_s),
         )
         self._records.put_node(node)
         self._heard_at_s[node.id] = now_s
@@ -315,7 +316,7 @@ class ClusterOrchestrator:
         )
 
     def _take_heartbeat(self, session: NodeSession, heartbeat: Heartbeat) -> None:
-        self._records.refresh_load(session.node_id, heartbeat.load)
+        self._records.refresh_load(session.node_id, heartbeat.load, heartbeat.clock_s)
         node = self._records.nodes[session.node_id]
         changes = {"addons": heartbeat.addons, "data_tags": heartbeat.data_tags}
         self._records.put_node(node.model_copy(update=changes))
@@ -345,13 +346,14 @@ class ClusterOrchestrator:
             session.link.send(RemoveService(service_id=service_id))
         return None
 
-    def _lose(self, node_id: NodeId, why: str) -> None:
+    def _lose(self, node_id: NodeId, why: str, *, is_goodbye: bool = False) -> None:
         # The node comes last: a kill, or a store that fails, in between leaves it to a later tick.
         node = self._records.nodes[node_id]
         for service in self._records.services_of(node_id):
             detail = f"Its node {node.name} {why}."
             self._records.put_status(service, status_when_node_lost(service, detail))
-        self._records.put_node(node.model_copy(update={"is_connected": False}))
+        changes = {"is_connected": False, "has_said_goodbye": is_goodbye}
+        self._records.put_node(node.model_copy(update=changes))
         self._heard_at_s.pop(node_id, None)
         session = self._sessions.pop(node_id, None)
         if session is not None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from flops.core.cluster import ClusterEvent, Node, NodeLoad, Service, ServiceSpec, ServiceState, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
 from flops.ports import Clock, ClusterStore
 
+_SKEWS_KEPT = 3
+
 
 class ClusterRecords:
     """Reads come from memory; each change is in the store before it is in memory.
 
-    What changes with every heartbeat (load, last seen, usage) is in memory only. Not thread-safe: its owner
-    holds a lock.
+    What changes with every heartbeat (load, last seen, clock skew, usage) is in memory only. Not thread-safe:
+    its owner holds a lock.
 
     Args:
         store: what survives a restart.
@@ -26,6 +29,7 @@ class ClusterRecords:
         self.nodes: dict[NodeId, Node] = {node.id: node for node in store.nodes()}
         self.services: dict[ServiceId, Service] = {s.spec.id: s for s in store.services()}
         self.lines: dict[str, int] = store.last_lines()
+        self._skews: dict[NodeId, deque[float]] = {}
         self.appended = 0  # events since this object was made
 
     def services_of(self, node_id: NodeId) -> list[Service]:
@@ -78,10 +82,22 @@ class ClusterRecords:
             refreshed = service.status.model_copy(update={"usage": status.usage})
             self.services[status.service_id] = service.model_copy(update={"status": refreshed})
 
-    def refresh_load(self, node_id: NodeId, load: NodeLoad) -> None:
-        """Remember a node's load, and that it was heard now."""
-        update = {"load": load, "last_seen_s": self._clock.now_s()}
+    def refresh_load(self, node_id: NodeId, load: NodeLoad, clock_s: float) -> None:
+        """Remember a node's load, what its clock shows (0: not told), and that it was heard now."""
+        now_s = self._clock.now_s()
+        update = {"load": load, "last_seen_s": now_s, "clock_skew_s": self.skew_of(node_id, clock_s, now_s)}
         self.nodes[node_id] = self.nodes[node_id].model_copy(update=update)
+
+    def skew_of(self, node_id: NodeId, clock_s: float, now_s: float) -> float | None:
+        """How far a node's clock is ahead; None when it does not tell.
+
+        A message that took long makes the clock look late, never early: the largest of a few counts.
+        """
+        if not clock_s:
+            return None
+        skews = self._skews.setdefault(node_id, deque(maxlen=_SKEWS_KEPT))
+        skews.append(clock_s - now_s)
+        return max(skews)
 
     def remove_service(self, service_id: ServiceId) -> None:
         """Forget a service."""
@@ -125,4 +141,4 @@ def _event_of(service: Service, kind: str, payload: dict[str, Any]) -> ClusterEv
 
 
 def _kept(node: Node) -> Node:
-    return node.model_copy(update={"load": NodeLoad(), "last_seen_s": 0.0})
+    return node.model_copy(update={"load": NodeLoad(), "last_seen_s": 0.0, "clock_skew_s": None})

@@ -28,6 +28,7 @@ class Hello(Value):
     addons: tuple[Addon, ...] = ()
     data_tags: tuple[DataTag, ...] = ()
     services: tuple[ServiceStatus, ...] = ()
+    clock_s: float = 0.0  # the node's wall clock, seconds since the epoch; 0 when not told
 
 
 class Heartbeat(Value):
@@ -38,6 +39,7 @@ class Heartbeat(Value):
     addons: tuple[Addon, ...] = ()
     data_tags: tuple[DataTag, ...] = ()
     services: tuple[ServiceStatus, ...] = ()
+    clock_s: float = 0.0  # as in `Hello`
 
 
 class ServiceChanged(Value):

@@ -31,7 +31,8 @@ from typing import Any
 
 from pydantic import Field
 
-from flops.core.cluster import Node, Service
+from flops.core.cluster import Service
+from flops.core.health import ExaminedNode
 from flops.core.model import Value
 from flops.core.project import MockData, Project
 
@@ -115,9 +116,9 @@ class MockDataList(Value):
 
 
 class NodeList(Value):
-    """All nodes of the cluster."""
+    """All nodes of the cluster, each with its health."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[ExaminedNode, ...]
 
 
 class ServiceList(Value):

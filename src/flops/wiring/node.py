@@ -154,6 +154,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         addons=addons.states,
         data_tags=addons.data_tags,
     )
+        clock_s=clock.now_s,
     agent = NodeAgent(lambda: dial_cluster(conf.cluster, tls=tls), view, supervisor, clock)
     facts = DaemonFacts(
         node_id=node_id,

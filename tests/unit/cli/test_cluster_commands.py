@@ -36,10 +36,29 @@ def exit_code(code: ErrorCode) -> int:
 def test_nodes_are_listed_with_addons_and_tags(flops: Flops) -> None:
     outcome = flops("node", "list")
     lines = outcome.out.splitlines()
-    assert lines[0].split() == ["node", "state", "addons", "data", "tags", "machine"]
+    assert lines[0].split() == ["node", "state", "health", "addons", "data", "tags", "machine"]
     assert "FLOps-learner (healthy), image-builder (healthy)" in lines[1]
     assert "mnist (100 rows)" in lines[1]
     assert [node["name"] for node in flops("node", "list", "--format", "json").data] == ["alpha", "beta"]
+
+
+def test_a_sick_node_is_listed_as_sick_and_shown_with_what_to_do(flops: Flops, manager: Manager) -> None:
+    cluster = manager.cluster
+    (alpha,) = (node for node in cluster.orchestrator.nodes() if node.name == "alpha")
+    cluster.orchestrator.join(alpha.model_copy(update={"clock_skew_s": 12.0}))
+    listed = {node["name"]: node["health"] for node in flops("node", "list", "--format", "json").data}
+    assert (listed["alpha"]["severity"], listed["alpha"]["findings"][0]["check"]) == ("warning", "clock")
+    assert listed["beta"]["severity"] in {"ok", "info"}
+    lines = flops("node", "list").out.splitlines()
+    assert "🟡 Its clock is 12.0 s ahead of the control plane's." in lines[1]
+    assert "🟢" in lines[2]
+    shown = flops("node", "show", "alpha")
+    assert "12.0 s ahead" in shown.out
+    assert "NTP" in shown.out
+    assert flops("node", "show", alpha.id, "--format", "json").data["name"] == "alpha"
+    missing = flops("node", "show", "gamma", "--format", "json")
+    assert missing.exit_code == exit_code(ErrorCode.NODE_NOT_FOUND)
+    assert "alpha, beta" in missing.error["message"]
 
 
 def test_status_and_tracking(flops: Flops, manager: Manager) -> None:

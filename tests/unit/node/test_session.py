@@ -169,6 +169,7 @@ class World:
             load=NodeLoad,
             addons=lambda: self.addons,
             data_tags=lambda: self.tags,
+            clock_s=lambda: 1_000.0,
         )
         self.session = Session(self.connection, view, self.supervisor)
 

@@ -149,6 +149,31 @@ def test_a_second_hello_refreshes_the_facts(played: _Played) -> None:
     assert isinstance(link.sent[-1], Welcome)
 
 
+def test_a_clock_that_is_wrong_is_known_and_costs_no_write(played: _Played) -> None:
+    session, _ = played.join()
+    assert played.node().clock_skew_s is None  # an older node does not tell
+    played.orchestrator.receive(session, Heartbeat(clock_s=played.clock.now_s() + 30))
+    assert played.node().clock_skew_s == 30
+    before = played.store.writes
+    for _ in range(3):  # it was set right
+        played.orchestrator.receive(session, Heartbeat(clock_s=played.clock.now_s()))
+    assert played.node().clock_skew_s == 0
+    played.orchestrator.receive(session, Heartbeat(clock_s=played.clock.now_s() - 6))  # it came late
+    assert played.node().clock_skew_s == 0
+    assert played.store.writes == before
+
+
+def test_a_node_that_was_stopped_is_told_from_one_that_is_lost(played: _Played) -> None:
+    session, _ = played.join()
+    played.orchestrator.receive(session, Goodbye())
+    assert (played.node().is_connected, played.node().has_said_goodbye) == (False, True)
+    assert ClusterOrchestrator(played.store, played.clock).nodes()[0].has_said_goodbye
+    played.join()
+    assert (played.node().is_connected, played.node().has_said_goodbye) == (True, False)
+    played.pass_time(10)
+    assert (played.node().is_connected, played.node().has_said_goodbye) == (False, False)
+
+
 def test_a_second_hello_of_another_node_is_refused(played: _Played) -> None:
     session, _ = played.join()
     with pytest.raises(FlopsError) as caught:
