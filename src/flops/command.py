@@ -1,4 +1,12 @@
-"""Runs other programs: with a deadline, without a shell, and without leaving anything of them behind."""
+"""Runs other programs: with a deadline, without a shell, and without leaving anything of them behind.
+
+Whoever has work done that may become needless says so once, around it::
+
+    with stopped_when(is_asked_to_stop):
+        environments.materialise(lock, report)
+
+A program that runs then is ended, and the work raises `StoppedError`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +16,44 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from flops.errors import ErrorCode, FlopsError
+
 _POLL_S = 0.1
 _MAX_ERRORS_BYTES = 1_048_576
+_is_needless: ContextVar[Callable[[], bool]] = ContextVar("is_needless", default=lambda: False)
+
+
+class StoppedError(FlopsError):
+    """Work was not finished because nobody needs it any more."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.CONFLICT, "The work was stopped: nobody needs it any more.")
+
+
+@contextlib.contextmanager
+def stopped_when(is_needless: Callable[[], bool]) -> Iterator[None]:
+    """Have work in this context stop within about 100 ms of `is_needless` becoming true."""
+    token = _is_needless.set(is_needless)
+    try:
+        yield
+    finally:
+        _is_needless.reset(token)
+
+
+def stop_if_needless() -> None:
+    """Stop here if the work has become needless.
+
+    Raises:
+        StoppedError: it has.
+    """
+    if _is_needless.get()():
+        raise StoppedError
 
 
 @dataclass(frozen=True)
@@ -60,6 +99,7 @@ def run_command(
 
     Raises:
         OSError: when the program cannot be started, or when the disk is full.
+        StoppedError: the work became needless; the program was ended.
     """
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         stdin.write(send)
@@ -99,6 +139,7 @@ def _follow(
             return False, reason
         if process.returncode is not None:
             return False, None
+        stop_if_needless()
         if time.monotonic() > deadline:
             return True, None
 

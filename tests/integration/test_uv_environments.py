@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import uv
 
 from flops.adapters.uv_environments import UvEnvironments
+from flops.command import StoppedError, stopped_when
 from flops.core.resolution import locked_versions
 from flops.errors import ErrorCode, FlopsError
 from flops.settings import inherited_environment
 from flops.testing.contracts.ml_repos import REPOSITORY
+from flops.testing.waiting import until
 from flops.testing.wheels import make_platform_wheels, make_wheel, use_only
 
 MLFLOW = "3.17.2"
@@ -226,6 +234,7 @@ BUILD = """
 import json, sys
 from pathlib import Path
 from flops.adapters.uv_environments import UvEnvironments
+from flops.command import StoppedError, stopped_when
 given = json.loads(sys.argv[1])
 root, uv, environ = Path(given["root"]), Path(given["uv"]), given["environ"]
 UvEnvironments(root, uv=uv, environ=environ, mlflow_version="1").materialise(given["lock"], print)
@@ -262,6 +271,78 @@ def test_a_build_that_was_killed_is_begun_anew(site: Site) -> None:
         "",
         ".lock",
     ]
+
+
+ENDLESS = """
+import os, time
+def build_wheel(*_arguments, **_options):
+    with open({pid_file!r}, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(3600)
+"""
+
+
+def make_endless_source(wheels: Path, pid_file: Path) -> str:
+    """Make a source package whose build never ends; returns a lock with it."""
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "endless"\nbackend-path = ["."]\n',
+        "endless.py": ENDLESS.format(pid_file=str(pid_file)),
+        "PKG-INFO": "Metadata-Version: 2.2\nName: endless\nVersion: 1\n",
+    }
+    path = wheels / "endless-1.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"endless-1/{name}")
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"# python 3.11\nendless==1 \\\n    --hash=sha256:{digest}\n"
+
+
+def test_builds_that_nobody_needs_any_more_end_and_leave_nothing(site: Site) -> None:
+    pid_file = site.folder / "pid"
+    lock = make_endless_source(site.wheels, pid_file)
+    is_needless = threading.Event()
+    ended: list[float] = []
+    told: list[str] = []
+
+    def build() -> None:
+        with stopped_when(is_needless.is_set), pytest.raises(StoppedError):
+            site.environments().materialise(lock, told.append)
+        ended.append(time.monotonic())
+
+    threads = [threading.Thread(target=build) for _ in range(2)]  # the second one waits for the first
+    for thread in threads:
+        thread.start()
+    until(lambda: pid_file.exists() and pid_file.read_text() != "", "the build")
+    until(lambda: any("another build" in message for message in told), "the second build")
+    asked = time.monotonic()
+    is_needless.set()
+    for thread in threads:
+        thread.join(10)
+    assert max(ended) - asked < 2
+    assert len(ended) == 2
+    until(lambda: not psutil.pid_exists(int(pid_file.read_text())), "the end of the package's own build")
+    assert [path.suffix for path in site.root.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next_one(site: Site) -> None:
+    half = site.root / ("0" * 64)
+    (half / "bin").mkdir(parents=True)
+    (site.root / f".building-{half.name}-x").mkdir()
+    of_others = site.root / "notes"
+    of_others.mkdir()
+    lock, _, _ = site.environments().lock(site.repository("numpy\n"), "sklearn", ignore)
+    with (site.root / f"{half.name}.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        site.environments().materialise(lock, ignore)
+        assert half.exists()  # somebody builds it
+    complete = next(site.root.glob("*/.complete")).parent
+    shutil.rmtree(complete)
+    site.environments().materialise(lock, ignore)
+    assert not half.exists()
+    assert not list(site.root.glob(".building-*"))
+    assert of_others.exists()
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from flops.command import Completed, run_command
+from flops.command import Completed, StoppedError, run_command, stopped_when
 from flops.settings import inherited_environment
 
 
@@ -73,3 +74,11 @@ def test_watch_sees_every_line_once_and_ends_the_program(tmp_path: Path) -> None
     )
     assert done.stopped_because == "enough"
     assert "".join(seen) == "one\ntwo\n"
+
+
+def test_a_program_whose_result_nobody_needs_is_ended(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with stopped_when(lambda: time.monotonic() - started > 0.3), pytest.raises(StoppedError):
+        run("import time; time.sleep(60)", tmp_path)
+    assert time.monotonic() - started < 5
+    assert run("print(1)", tmp_path).exit_code == 0  # what comes afterwards is needed

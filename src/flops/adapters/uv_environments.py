@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from flops.command import Completed, run_command
+from flops.command import Completed, run_command, stop_if_needless
 from flops.core.ids import Digest
 from flops.core.ml_repository import environment_key, read_ml_repository
 from flops.core.project import Environment
@@ -50,6 +51,8 @@ from flops.errors import ErrorCode, FlopsError
 Report = Callable[[str], None]
 
 _COMPLETE = ".complete"
+_LOCK_POLL_S = 0.1
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 _OLDEST = ".".join(map(str, OLDEST_PYTHON))
 _HEADER = re.compile(r"# python (?P<python>\d+\.\d+)\n(?:# imports (?P<imports>.*)\n)?")
@@ -149,7 +152,8 @@ class UvEnvironments:
     def materialise(self, lock: str, report: Report) -> Path:
         """Build the environment of a lock unless it exists; returns its Python interpreter.
 
-        A build that was killed is begun anew; of two builders at once the second waits for the first.
+        A build that was killed is begun anew; of two builders at once the second waits for the first. What
+        builds that were stopped or killed left behind is removed by the next one.
 
         Raises:
             FlopsError: ``environment_build_failed``, ``disk_full``, ``unreachable``, ``timeout``.
@@ -174,6 +178,7 @@ class UvEnvironments:
         python = self._find_python(header["python"])
         count = len(locked_versions(lock))
         report(f"Building an environment of {count} packages with Python {header['python']}.")
+        self._sweep()
         shutil.rmtree(folder, ignore_errors=True)
         try:
             self._install(folder, lock, python, report, descriptor)
@@ -185,13 +190,23 @@ class UvEnvironments:
             raise
         report("The environment is ready.")
 
+    def _sweep(self) -> None:
+        """Remove what nobody builds any more: half of an environment, or a build's notes."""
+        for path in self._root.iterdir():
+            digest = path.name.removeprefix(".building-").partition("-")[0]
+            if not _DIGEST.fullmatch(digest) or not path.is_dir() or (path / _COMPLETE).exists():
+                continue
+            with (self._root / f"{digest}.lock").open("ab") as file:
+                if _try_lock(file.fileno()):
+                    shutil.rmtree(path, ignore_errors=True)
+
     def _install(self, folder: Path, lock: str, python: Path, report: Report, descriptor: int) -> None:
         def watch(news: str) -> None:
             for line in news.splitlines():
                 if line.strip().startswith(("Downloading", "Building")):
                     report(line.strip() + ".")
 
-        with tempfile.TemporaryDirectory(dir=self._root, prefix=".building-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=f".building-{folder.name}-") as scratch:
             file = Path(scratch) / "lock.txt"
             file.write_text(lock)
             steps = [
@@ -410,12 +425,20 @@ def _exclusive(path: Path, report: Report) -> Iterator[int]:
     """Hold a lock that others, also uv when we are killed, keep until they end; yields its descriptor."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(file.fileno()):
             report("Waiting for another build of the same environment.")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _try_lock(file.fileno()):
+                stop_if_needless()
+                time.sleep(_LOCK_POLL_S)
         yield file.fileno()
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _unresolvable(what: str, python: Path, exc: UnsolvableError) -> FlopsError:

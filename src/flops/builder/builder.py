@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from flops.actor import ActorContext, EventLog
+from flops.command import StoppedError, stopped_when
 from flops.core.ids import Digest, EnvironmentKey
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Environments
@@ -23,7 +27,7 @@ def main(context: ActorContext, events: EventLog, open_environments: Callable[[P
     """Lock the environments of the bundle's repository, store both locks as blobs, and tell the environment.
 
     Both environments are built here first: what cannot be built is known before any learner is placed, and a
-    learner on this node finds its environment ready.
+    learner on this node finds its environment ready. SIGTERM ends it without half an environment left behind.
 
     Args:
         context: `repo_dir`, `blobs_url`, `environments_dir` and a `BuilderConfig`.
@@ -33,6 +37,20 @@ def main(context: ActorContext, events: EventLog, open_environments: Callable[[P
     Raises:
         FlopsError: as `flops.ports.Environments`; ``unreachable`` when the locks cannot be stored.
     """
+    told_to_end = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())
+    try:
+        with stopped_when(told_to_end.is_set):
+            _build(context, events, open_environments)
+    except StoppedError:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _build(
+    context: ActorContext, events: EventLog, open_environments: Callable[[Path], Environments]
+) -> None:
     config = BuilderConfig.model_validate(context.config)
     root = (
         Path(context.environments_dir) if context.environments_dir else Path(context.work_dir, "environments")
@@ -46,7 +64,12 @@ def main(context: ActorContext, events: EventLog, open_environments: Callable[[P
     for note in environment.notes:
         report(note)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda text: environments.materialise(text, report), (lock, model_lock)))
+        builds = [
+            pool.submit(contextvars.copy_context().run, environments.materialise, text, report)
+            for text in (lock, model_lock)
+        ]
+        for build in builds:
+            build.result()
     with httpx.Client(timeout=_UPLOAD_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
         for text in (lock, model_lock):
             _store(client, context.blobs_url, text.encode())

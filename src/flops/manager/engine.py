@@ -250,7 +250,12 @@ class Engine:
         """Do an effect; returns in how many seconds to do it again, None when it is done with."""
         with log_context(project_id=effect.project_id):
             try:
-                event = self._runner.run(effect)
+                with stopped_when(lambda: self._is_needless(effect)):
+                    event = self._runner.run(effect)
+            except StoppedError:
+                if self.is_closed:
+                    return _MAX_PAUSE_S  # it runs again after the next start
+                event = None
             except FlopsError as exc:
                 if self._is_worth_another(effect, exc, waited_s):
                     _log.warning("%s of project %s: %s", effect.kind.value, effect.project_id, exc)
@@ -268,6 +273,16 @@ class Engine:
             if effect.kind is EffectKind.DELETE_PROJECT:
                 self._tell(effect.project_id)
             return None
+
+    def _is_needless(self, effect: Effect) -> bool:
+        """Whether nobody waits for what an effect brings: its project ends, or this engine does."""
+        if effect.kind in NEVER_GIVEN_UP:
+            return False
+        try:
+            stage = self._store.get(effect.project_id).stage
+        except FlopsError:
+            return True
+        return self.is_closed or stage.is_final or stage is Stage.STOPPING
 
     def _is_worth_another(self, effect: Effect, exc: FlopsError, waited_s: float) -> bool:
         if effect.kind in NEVER_GIVEN_UP:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
+from flops.command import StoppedError, stopped_when
 from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus
 from flops.errors import ErrorCode, FlopsError
 from flops.log import log_context
@@ -69,7 +71,7 @@ class ServiceRunner:
     def start(self) -> None:
         """Bring the service to run, or watch it if it runs; nothing happens while its thread lives."""
         if not self.is_active:
-            # A daemon thread: building an environment cannot be interrupted, and is resumed by a new daemon.
+            # A daemon thread: the end of the daemon does not wait for what it prepares.
             self._thread = threading.Thread(target=self._live, name=f"service-{self.spec.id}", daemon=True)
             self._thread.start()
 
@@ -86,9 +88,11 @@ class ServiceRunner:
     def stop(self, detail: str, *, timeout_s: float) -> None:
         """End the service and wait until nothing of it runs, but not longer than `timeout_s`."""
         self.ask_to_stop(detail)
-        # Not for the thread: it may be building an environment, which nothing can interrupt.
+        deadline = time.monotonic() + timeout_s
         self._has_ended.wait(timeout_s)
         self._runtime.stop(self.spec.id)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, deadline - time.monotonic()))  # it removes what it has half built
 
     def remove(self) -> None:
         """End the service and remove everything of it."""
@@ -104,6 +108,8 @@ class ServiceRunner:
                 pauses = Backoff(_FIRST_PAUSE_S, 30.0)
                 while self._run_once():
                     self._is_asked_to_stop.wait(pauses.next_s())
+            except StoppedError:
+                _log.info("%s was stopped while it was prepared", self.spec.id)
             except FlopsError as error:
                 _log.warning("%s failed: %s", self.spec.id, error)
                 self._fail(error.to_dict(), exit_code=None)
@@ -148,7 +154,8 @@ class ServiceRunner:
         pauses = Backoff(_FIRST_PAUSE_S, 10.0)
         while not self._is_asked_to_stop.is_set():
             try:
-                launch = self._preparer.prepare(self.spec, self.folder, self._report)
+                with stopped_when(self._is_asked_to_stop.is_set):
+                    launch = self._preparer.prepare(self.spec, self.folder, self._report)
             except FlopsError as error:
                 if error.code not in PASSING_ERRORS:
                     raise

@@ -15,6 +15,7 @@ import pytest
 
 from flops.adapters.git_repos import GitRepos
 from flops.adapters.memory_blobs import MemoryBlobs
+from flops.command import StoppedError, stopped_when
 from flops.errors import ErrorCode, FlopsError
 from flops.settings import inherited_environment
 from flops.testing.contracts.ml_repos import REPOSITORY
@@ -267,3 +268,16 @@ def test_many_at_once(repos: GitRepos, repository: GitRepository) -> None:
         thread.join()
     assert len(found) == 12
     assert len(set(found)) == 1
+
+
+def test_a_fetch_that_nobody_needs_any_more_ends_and_leaves_nothing(
+    blobs: MemoryBlobs, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
+        with stopped_when(lambda: time.monotonic() - started > 0.5), pytest.raises(StoppedError):
+            open_repos(blobs, cache).resolve(url, None, "sklearn")
+    assert time.monotonic() - started < 5
+    assert list((cache / "fetching").iterdir()) == []
