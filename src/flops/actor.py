@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flops.disclosure import Disclosure, disclosed
 from flops.errors import ErrorCode, FlopsError
 
 EVENTS_FILE = "events.jsonl"
@@ -44,6 +45,7 @@ class ActorContext:
         environments_dir: folder of the node's virtual environments, shared by its services.
         data_address: ``host:port`` of the node's ML data server, "" when the node has none.
         data_token: token for it with the rights this service needs, and no more.
+        disclosure: what the node reveals about failures of users' code, a value of `Disclosure`.
         config: the kind's configuration, one of the models of `flops.wire.services`, as JSON.
     """
 
@@ -60,7 +62,13 @@ class ActorContext:
     environments_dir: str = ""
     data_address: str = ""
     data_token: str = ""
+    disclosure: str = Disclosure.FULL.value
     config: dict[str, Any] = field(default_factory=dict)
+
+    def disclosed(self, error: FlopsError) -> FlopsError:
+        """A failure of users' code as it may leave this node; what cannot be read as a choice hides most."""
+        known = self.disclosure in set(Disclosure)
+        return disclosed(error, Disclosure(self.disclosure) if known else Disclosure.NONE, self.node_name)
 
     def save(self) -> Path:
         """Write the context into its work folder, readable by the owner only; returns the file's path."""
@@ -97,20 +105,40 @@ class EventLog:
                 os.close(descriptor)
 
 
-def tell_parent(error: FlopsError) -> int:
-    """End a child of a service: its error as the last line on standard error; returns the exit code."""
+def log_failure(error: FlopsError) -> None:
+    """Write a failure whole to the service's output, which stays on the node."""
     sys.stdout.flush()
-    sys.stderr.write(json.dumps(error.to_dict()) + "\n")
+    text = f"{error}\nHint: {error.hint}\n{error.details.get('traceback', '')}"
+    sys.stderr.write(f"{text.rstrip()}\n")
+    sys.stderr.flush()
+
+
+def tell_parent(error: FlopsError, context: ActorContext | None = None) -> int:
+    """End a child of a service: its error as the last line on standard error; returns the exit code.
+
+    Args:
+        error: the failure; it is logged whole, and told as far as the node reveals it.
+        context: of the service; None when not even that could be read.
+    """
+    log_failure(error)
+    told = error if context is None else context.disclosed(error)
+    sys.stderr.write(json.dumps(told.to_dict()) + "\n")
     sys.stderr.flush()
     return error.spec.exit_code
 
 
-def run_actor(main: Callable[[ActorContext, EventLog], None], argv: list[str] | None = None) -> int:
+def run_actor(
+    main: Callable[[ActorContext, EventLog], None],
+    argv: list[str] | None = None,
+    *,
+    has_users_code: bool = True,
+) -> int:
     """Run a service's main function; a failure becomes one ``failed`` event and a non-zero exit code.
 
     Args:
         main: the service; it returns when its work is done.
         argv: command line, ``sys.argv`` when None; its second item is the context file.
+        has_users_code: whether this process runs users' code, so that its failures are the node's to reveal.
 
     Returns:
         The exit code: 0, or the catalogue's exit code of the failure.
@@ -121,9 +149,7 @@ def run_actor(main: Callable[[ActorContext, EventLog], None], argv: list[str] | 
     try:
         main(context, events)
     except FlopsError as exc:
-        events.tell("failed", error=exc.to_dict())
-        sys.stderr.write(f"{exc}\nHint: {exc.hint}\n{exc.details.get('traceback', '')}\n")
-        return exc.spec.exit_code
+        error = exc
     except KeyboardInterrupt:
         return 130
     except Exception as exc:  # noqa: BLE001 (the last line of defence: whatever it is, the user is told)
@@ -132,7 +158,9 @@ def run_actor(main: Callable[[ActorContext, EventLog], None], argv: list[str] | 
             f"{context.service_id} on {context.node_name} ended by {type(exc).__name__}: {exc}",
             details={"traceback": traceback.format_exc()},
         )
-        events.tell("failed", error=error.to_dict())
-        sys.stderr.write(f"{error}\n{traceback.format_exc()}\n")
-        return error.spec.exit_code
-    return 0
+    else:
+        return 0
+    log_failure(error)
+    told = context.disclosed(error) if has_users_code else error
+    events.tell("failed", error=told.to_dict())
+    return error.spec.exit_code

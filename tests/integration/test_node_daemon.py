@@ -24,7 +24,7 @@ from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.system_clock import SystemClock
 from flops.core.cluster import Resources, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
 from flops.core.ids import Digest, NodeId, ServiceId
-from flops.errors import CATALOGUE, ErrorCode
+from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.node.home import running_pid
 from flops.node.report import read_report
 from flops.orchestrator.app import build_app
@@ -445,3 +445,44 @@ def test_a_bundle_is_shared(joined: PlayedNode, cluster: Cluster) -> None:
         cluster.run("events.tell('progress', message=context.repo_dir)", name, bundle=digest)
         cluster.wait_for(ServiceState.COMPLETED, name)
     assert cluster.told("one") == cluster.told("two") == [str(joined.home / "bundles" / digest)]
+
+
+LEAKY = "print('patient-4711', flush=True); raise RuntimeError('patient-4711')"
+DYING = "import os; print('patient-4711', flush=True); os._exit(5)"
+
+
+@pytest.mark.parametrize("disclosure", ["message", "none"])
+def test_output_of_users_code_stays_on_a_node_that_does_not_reveal_it(
+    node: PlayedNode, cluster: Cluster, disclosure: str
+) -> None:
+    node.configure(cluster_address="127.0.0.1", cluster_port=cluster.port, failure_disclosure=disclosure)
+    node.start()
+    until(cluster.is_connected, "joined")
+    cluster.run(LEAKY)
+    cluster.run(DYING, "learner-p1-1", max_restarts=1)
+    raised = cluster.wait_for(ServiceState.FAILED)
+    died = cluster.wait_for(ServiceState.FAILED, "learner-p1-1")
+    assert died.restarts == 1
+    told = json.dumps([event.payload for event in cluster.orchestrator.events(after=0)])
+    assert "Traceback" not in told
+    assert '"output"' not in told
+    assert told.count("ended with exit code 5") >= 2  # when it was started again, and at its end
+    is_text_told = disclosure == "message"
+    assert ("patient-4711" in told) is is_text_told
+    assert raised.error is not None
+    assert ("RuntimeError: patient-4711" in raised.error["message"]) is is_text_told
+    for service_id in ("learner-p1-0", "learner-p1-1"):
+        with pytest.raises(FlopsError, match="does not reveal the output of learner-p1") as refused:
+            cluster.orchestrator.service_logs(ServiceId(service_id))
+        assert refused.value.code is ErrorCode.FORBIDDEN
+        assert "patient-4711" in (node.home / f"logs/{service_id}.log").read_text()
+    report = read_report(node.home / "status.json")
+    assert report is not None
+    assert report.disclosure.value == disclosure
+
+
+def test_a_node_reveals_output_unless_told_otherwise(joined: PlayedNode, cluster: Cluster) -> None:
+    cluster.run(DYING)
+    failed = cluster.wait_for(ServiceState.FAILED)
+    assert failed.error is not None
+    assert failed.error["details"]["output"] == "patient-4711"

@@ -292,6 +292,15 @@ def test_configuration_is_kept(operator: Operator, tmp_path: Path) -> None:
     )
     operator.configure("config", "visibility", "private")
     assert operator.conf["public_ip"] is False
+    assert operator.configure("config", "disclosure").stdout.startswith("Disclosure: full (")
+    assert operator.configure("config", "disclosure", "none").stdout.startswith("Disclosure: none (")
+    assert operator.conf["failure_disclosure"] == "none"
+    assert (
+        json.loads(operator.configure("status", "--format", "json", expect=13).stdout)["data"][
+            "configured_disclosure"
+        ]
+        == "none"
+    )
     operator.configure("config", "default")
     assert operator.conf["addons"] is None
 

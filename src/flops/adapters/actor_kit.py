@@ -17,6 +17,7 @@ from flops.durable_file import file_error, sync_folder
 KIT_MODULES = (
     "flops",
     "flops.errors",
+    "flops.disclosure",
     "flops.actor",
     "flops.wire",
     "flops.wire.training",

@@ -160,6 +160,27 @@ def be_private(context: typer.Context) -> None:
     say("Services are announced under the address from which this machine reaches the cluster.")
 
 
+@config.command("disclosure")
+def set_disclosure(
+    context: typer.Context,
+    choice: Annotated[
+        str | None, typer.Argument(help="full, message or none", metavar="[full|message|none]")
+    ] = None,
+) -> None:
+    """Show or choose what this node reveals when users' code fails on its data."""
+    from flops.disclosure import parse_disclosure
+    from flops.node.configuration import DISCLOSURE_KEY
+
+    paths = paths_of(context)
+    if choice is not None:
+        value = parse_disclosure(choice).value
+        change_configuration(paths, lambda conf: conf.with_values(**{DISCLOSURE_KEY: value}))
+    conf = load_configuration(paths)
+    print_line(f"Disclosure: {conf.disclosure.value} ({conf.disclosure.meaning})")
+    for sentence in pending_changes(paths, conf):
+        say(sentence)
+
+
 @virtualization.callback()
 def show_virtualizations(context: typer.Context) -> None:
     """Show how services are run."""
@@ -219,6 +240,11 @@ def pending_changes(paths: NodePaths, conf: NodeConfiguration) -> list[str]:
         f" with it {'off' if name in configured else 'on'}: this takes effect at the next start."
         for name in sorted(running ^ configured)
     ]
+    if report.disclosure != conf.disclosure:
+        sentences.append(
+            f"The disclosure is set to {conf.disclosure}, but the running NodeEngine was started with"
+            f" {report.disclosure}: this takes effect at the next start."
+        )
     if report.cluster_address != conf.cluster:
         sentences.append(
             f"The cluster is set to {conf.cluster}, but the running NodeEngine uses {report.cluster_address}:"

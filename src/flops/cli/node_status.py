@@ -28,6 +28,7 @@ def status_data(
         "log": str(paths.log),
         "configured_cluster": conf.cluster,
         "configured_addons": conf.addons,
+        "configured_disclosure": conf.disclosure.value,
         "node": None if report is None else report.model_dump(mode="json"),
     }
 
@@ -54,6 +55,7 @@ def show_status(
             ("cluster", _cluster(report)),
             ("limits", ", ".join(report.limits) or "none"),
             ("not limited", report.limits_note),
+            ("disclosure", f"{report.disclosure} ({report.disclosure.meaning})"),
             ("home", paths.home),
             ("log", paths.log),
             ("attention", f"this is {age_s:.0f} s old" if age_s > _STALE_AFTER_S else ""),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON
+from flops.disclosure import Disclosure
 from flops.errors import ErrorCode, FlopsError
 
 DEFAULT_CLUSTER_PORT = 10_100
@@ -18,6 +19,7 @@ ADDON_NAMES = {
     "image-builder": IMAGE_BUILDER_ADDON,
     "imagebuilder": IMAGE_BUILDER_ADDON,
 }
+DISCLOSURE_KEY = "failure_disclosure"
 _ON = frozenset({"on", "enable", "true"})
 _OFF = frozenset({"off", "disable", "false"})
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[?[0-9a-fA-F:]*:[0-9a-fA-F:.]*\]?")
@@ -64,6 +66,11 @@ class NodeConfiguration:
     def is_public(self) -> bool:
         """Whether services are announced under the machine's public address, if it has one."""
         return bool(self.raw.get("public_ip"))
+
+    @property
+    def disclosure(self) -> Disclosure:
+        """What the node reveals about failures of users' code; everything unless configured."""
+        return Disclosure(self.raw.get(DISCLOSURE_KEY) or Disclosure.FULL)
 
     @property
     def client_certificate(self) -> tuple[str, str]:
@@ -148,6 +155,7 @@ def check_configuration(raw: object) -> NodeConfiguration:
         "public_ip": bool,
         "mqtt_cert_file": str,
         "mqtt_key_file": str,
+        DISCLOSURE_KEY: str,
         "addons": list,
         "virtualizations": list,
     }
@@ -159,6 +167,8 @@ def check_configuration(raw: object) -> NodeConfiguration:
         for entry in raw.get(key) or ():
             if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
                 raise _corrupt(f"{key} holds {entry!r}, which has no {name}")
+    if raw.get(DISCLOSURE_KEY) and raw[DISCLOSURE_KEY] not in set(Disclosure):
+        raise _corrupt(f"{DISCLOSURE_KEY} is {raw[DISCLOSURE_KEY]!r}, not one of {', '.join(Disclosure)}")
     if raw.get("cluster_port") is not None:
         check_port(raw["cluster_port"])
     return NodeConfiguration(raw)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flops.core.cluster import HEARTBEAT_INTERVAL_S
+from flops.disclosure import Disclosure
 from flops.durable_file import write_durably
 from flops.errors import FlopsError
 from flops.node.addons import Addons
@@ -34,6 +35,7 @@ class DaemonFacts:
         cluster_address: what it dials, as host:port.
         active_addons: the addons that were on at the start.
         report_file: where the daemon tells about itself.
+        disclosure: what it reveals about failures of users' code.
     """
 
     node_id: str
@@ -42,6 +44,7 @@ class DaemonFacts:
     cluster_address: str
     active_addons: tuple[str, ...]
     report_file: Path
+    disclosure: Disclosure = Disclosure.FULL
 
 
 class NodeDaemon:
@@ -140,4 +143,5 @@ class NodeDaemon:
             ),
             limits=limits,
             limits_note=limits_note,
+            disclosure=self._facts.disclosure,
         )

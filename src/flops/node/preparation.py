@@ -10,6 +10,7 @@ from pathlib import Path
 from flops.actor import ActorContext
 from flops.core.cluster import ServiceKind, ServiceSpec
 from flops.core.ids import Digest
+from flops.disclosure import Disclosure
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 from flops.node.bundles import BundleStore
@@ -19,6 +20,8 @@ from flops.ports import Environments
 
 Report = Callable[[str], None]
 DataAccess = Callable[[ServiceSpec], tuple[str, str]]
+
+_WITH_USERS_CODE = frozenset({ServiceKind.AGGREGATOR, ServiceKind.LEARNER, ServiceKind.INFERENCE})
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class NodeSite:
         kit_dir: folder with our modules for projects' environments.
         environments_dir: folder of the environments on this node.
         inherited: the daemon's environment variables.
+        disclosure: what the operator lets others see when users' code fails here.
     """
 
     name: str
@@ -49,6 +53,11 @@ class NodeSite:
     kit_dir: Path
     environments_dir: Path
     inherited: Mapping[str, str]
+    disclosure: Disclosure = Disclosure.FULL
+
+    def hides_output(self, kind: ServiceKind) -> bool:
+        """Whether the output of services of a kind stays here: users' code writes to it."""
+        return kind in _WITH_USERS_CODE and not self.disclosure.is_output_told
 
 
 class Preparer:
@@ -70,7 +79,7 @@ class Preparer:
         fetch: Callable[[Digest, Path], None],
         data_access: DataAccess,
     ) -> None:
-        self._site = site
+        self.site = site
         self._environments = environments
         self._bundles = bundles
         self._fetch = fetch
@@ -97,17 +106,18 @@ class Preparer:
         context = ActorContext(
             service_id=spec.id,
             project_id=spec.project_id,
-            node_name=self._site.name,
+            node_name=self.site.name,
             work_dir=str(folder.work_dir),
-            host=self._site.host,
-            blobs_url=self._site.blobs_url,
+            host=self.site.host,
+            blobs_url=self.site.blobs_url,
             repo_dir=repo_dir,
-            kit_dir=str(self._site.kit_dir),
+            kit_dir=str(self.site.kit_dir),
             project_python=project_python,
             model_python=model_python,
-            environments_dir=str(self._site.environments_dir),
+            environments_dir=str(self.site.environments_dir),
             data_address=address,
             data_token=token,
+            disclosure=self.site.disclosure.value,
             config=spec.config,
         )
         try:
@@ -144,6 +154,6 @@ class Preparer:
             )
         return Launch(
             argv=(python, "-m", *module, str(context_file)),
-            env=service_environment(self._site.inherited, spec.resources, kit=kit),
+            env=service_environment(self.site.inherited, spec.resources, kit=kit),
             work_dir=Path(context.work_dir),
         )

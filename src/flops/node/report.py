@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from flops.core.cluster import Addon, DataTag, ServiceStatus
 from flops.core.model import Value
+from flops.disclosure import Disclosure
 
 
 class ServiceLine(Value):
@@ -37,6 +38,7 @@ class NodeReport(Value):
     services: tuple[ServiceLine, ...] = ()
     limits: tuple[str, ...] = ()
     limits_note: str = ""
+    disclosure: Disclosure = Disclosure.FULL  # as this daemon was started with
 
 
 def read_report(path: Path) -> NodeReport | None:

@@ -207,6 +207,9 @@ class ServiceRunner:
         )
         if told is not None and error.code is not ErrorCode.OUT_OF_MEMORY:
             return told
+        if self._preparer.site.hides_output(self.spec.kind):
+            details = {**error.details, "service_id": self.spec.id}
+            return FlopsError(error.code, error.message, hint=error.hint, details=details).to_dict()
         output = self._runtime.output(self.spec.id, tail_bytes=LAST_OUTPUT_BYTES).strip()
         details = {**error.details, "service_id": self.spec.id, **({"output": output} if output else {})}
         return FlopsError(error.code, error.message, hint=error.hint, details=details).to_dict()

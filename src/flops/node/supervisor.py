@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
+from flops.disclosure import withheld_output
 from flops.errors import ErrorCode, FlopsError
 from flops.node.preparation import Preparer
 from flops.node.service_folder import ServiceFolder, folder_name
@@ -167,13 +168,18 @@ class Supervisor:
         return ServiceFolder(self._root / folder_name(service_id)).events
 
     def output(self, service_id: ServiceId, tail_bytes: int) -> str:
-        """The end of a service's output.
+        """The end of a service's output, as far as the operator lets others see it.
 
         Raises:
-            FlopsError: ``service_not_found``.
+            FlopsError: ``service_not_found``, ``forbidden``.
         """
-        if service_id not in self.ids():
+        with self._lock:
+            runner = self._runners.get(service_id)
+        if runner is None:
             raise FlopsError(ErrorCode.SERVICE_NOT_FOUND, f"Service {service_id} is not on this node.")
+        site = self._preparer.site
+        if site.hides_output(runner.spec.kind):
+            raise withheld_output(service_id, site.name)
         return self._runtime.output(service_id, tail_bytes=tail_bytes)
 
     def _start_new(self, spec: ServiceSpec) -> None:

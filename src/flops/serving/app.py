@@ -36,13 +36,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from flops.actor import ActorContext, EventLog, run_actor
+from flops.actor import ActorContext, EventLog, log_failure, run_actor
+from flops.disclosure import Disclosure
 from flops.errors import ErrorCode, FlopsError
 
 BODY_BYTES_MOST = 64 * 2**20
 _GRACE_S = 5
 _BACKLOG = 2048
 _REASON_CHARACTERS = 300
+_NOT_JSON = "The body is not valid JSON."
 _ROW_KEYS = frozenset({"inputs", "instances"})
 _JSON_TYPES = frozenset(
     {"application/json", "application/json; charset=utf-8", "application/json;charset=utf-8"}
@@ -54,12 +56,14 @@ class Model:
 
     Args:
         folder: the model's folder.
+        tells_why: whether a client is told why the model refused its input, which may be users' own words.
 
     Raises:
         FlopsError: ``model_unloadable``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tells_why: bool = True) -> None:
+        self._tells_why = tells_why
         try:
             self.pyfunc: PyFuncModel = mlflow.pyfunc.load_model(str(folder))
         except Exception as exc:
@@ -102,11 +106,18 @@ class Model:
         try:
             result = scoring_server.invocations(body, content_type, self.pyfunc, self._schema)
         except MlflowException as exc:
-            message = f"{_reason_of(exc)} {self.expected}"
-            raise StatusError(ErrorCode.INPUT_INVALID, message, exc.get_http_status_code()) from exc
+            raise self._refusal(_reason_of(exc), exc.get_http_status_code()) from exc
         if result.status != HTTPStatus.OK:
-            raise StatusError(ErrorCode.INPUT_INVALID, str(result.response), int(result.status))
+            raise self._refusal(str(result.response), int(result.status))
         return str(result.response).encode()
+
+    def _refusal(self, reason: str, status: int) -> StatusError:
+        error = StatusError(ErrorCode.INPUT_INVALID, f"{reason} {self.expected}", status)
+        if self._tells_why or reason == _NOT_JSON:
+            return error
+        log_failure(error)
+        message = f"The model refused the input; its node does not reveal why. {self.expected}"
+        return StatusError(ErrorCode.INPUT_INVALID, message, status)
 
     def _json_of_csv(self, body: bytes) -> bytes:
         """A CSV's rows as JSON: MLflow's own server reads a CSV only for models that name their columns."""
@@ -167,7 +178,7 @@ def _reason_of(exc: MlflowException) -> str:
     trace = str(exc.json_kwargs.get("stack_trace") or "").strip()
     text = str(exc.message).partition(" IMPORTANT:")[0]
     if "valid JSON formatted string" in text:
-        return "The body is not valid JSON."
+        return _NOT_JSON
     if trace and "Traceback" in trace:
         errors = [line for line in trace.splitlines() if line and not line.startswith((" ", "Traceback"))]
         text = errors[0] if errors else text
@@ -293,7 +304,7 @@ def main(context: ActorContext, events: EventLog) -> None:
         FlopsError: ``model_unloadable``, ``config_invalid``.
     """
     events.tell("progress", message="Loading the model.")
-    model = Model(Path(context.repo_dir))
+    model = Model(Path(context.repo_dir), tells_why=context.disclosure != Disclosure.NONE)
     listener = listen(context.host, int(context.config.get("port", 8080)))
     host = f"[{context.host}]" if ":" in context.host else context.host
     address = f"{host}:{listener.getsockname()[1]}"

@@ -20,7 +20,9 @@ def run(argv: list[str]) -> NoReturn:
 
     tracker = MemoryTracker()
     environ = inherited_environment()
-    code = run_actor(lambda context, events: main(context, events, lambda _: tracker, environ), argv)
+    code = run_actor(
+        lambda context, events: main(context, events, lambda _: tracker, environ), argv, has_users_code=False
+    )
     runs = {
         project: {
             "status": run.status,

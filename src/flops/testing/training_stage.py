@@ -191,7 +191,8 @@ class TrainingStage:
     def start_learner(
         self, number: int, repo: Path, *, of: int = 2, node: str | None = None, **changes: Any
     ) -> subprocess.Popen[bytes]:
-        """Start a learner as a process."""
+        """Start a learner as a process; `changes` are of its configuration, `disclosure` of its context."""
+        disclosure = changes.pop("disclosure", "full")
         config = LearnerConfig.model_validate(
             {
                 "project_id": PROJECT,
@@ -204,7 +205,8 @@ class TrainingStage:
             }
         )
         name = f"learner-{PROJECT}-{number}"
-        context = self._context(name, node or f"node-{number}", repo, config.model_dump(mode="json"))
+        fields = config.model_dump(mode="json")
+        context = self._context(name, node or f"node-{number}", repo, fields, disclosure=disclosure)
         return self._start([sys.executable, "-m", "flops.trainer.learner", str(context.save())], name)
 
     # --- what happens ---

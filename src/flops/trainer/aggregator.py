@@ -279,7 +279,14 @@ class Training:
         if not python:
             raise FlopsError(ErrorCode.INTERNAL, f"The service has no environment for what {doing}.")
         argv = [python, "-m", module, str(self._work_dir / CONTEXT_FILE), *arguments]
-        child = ModelProcess(argv, self._environ, doing=doing, code=code, on_end=self._server.wake)
+        child = ModelProcess(
+            argv,
+            self._environ,
+            doing=doing,
+            code=code,
+            reveal=self._context.disclosed,
+            on_end=self._server.wake,
+        )
         self._children.append(child)
         return child
 

@@ -51,6 +51,7 @@ _OTHER_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "PyYAML", "c
 
 def main(argv: Sequence[str]) -> int:
     """Export; returns the exit code."""
+    context = None
     try:
         context = ActorContext.load(Path(argv[0]))
         repo = load_repository(context)
@@ -58,14 +59,15 @@ def main(argv: Sequence[str]) -> int:
         if arrays:
             export(context, repo, Path(arrays), Path(argv[2]))
     except FlopsError as exc:
-        return tell_parent(exc)
+        return tell_parent(exc, context)
     except Exception as exc:  # noqa: BLE001 (the last line of defence: the aggregator reads one JSON line)
         return tell_parent(
             FlopsError(
                 ErrorCode.MODEL_EXPORT_FAILED,
                 f"The model could not be saved: {type(exc).__name__}: {exc}",
                 details={"traceback": traceback.format_exc()},
-            )
+            ),
+            context,
         )
     return 0
 

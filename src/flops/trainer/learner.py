@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from flops.actor import ActorContext, EventLog, run_actor
+from flops.actor import ActorContext, EventLog, log_failure, run_actor
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.ml_repo import MLRepo
 from flops.wire.flight import DIRECTLY, bearer
@@ -89,7 +89,7 @@ def main(context: ActorContext, events: EventLog) -> None:
     try:
         repo, rows = _load(context, events)
     except FlopsError as exc:
-        _tell_failure(dial, exc)
+        _tell_failure(dial, context.disclosed(exc))
         raise
     events.tell("progress", message=f"Loaded {rows:,} rows; joining the aggregator at {dial.address}.")
     back_off_s = _FIRST_BACK_OFF_S
@@ -97,7 +97,7 @@ def main(context: ActorContext, events: EventLog) -> None:
         started = time.monotonic()
         try:
             with dial.connect({"rows": rows}) as stream:
-                _serve(stream, repo)
+                _serve(stream, repo, context)
             return
         except flight.FlightUnauthenticatedError as exc:
             raise FlopsError(
@@ -145,17 +145,20 @@ def _tell_failure(dial: _Dial, error: FlopsError) -> None:
         time.sleep(_FIRST_BACK_OFF_S * 4)
 
 
-def _serve(stream: Stream, repo: MLRepo) -> None:
+def _serve(stream: Stream, repo: MLRepo, context: ActorContext) -> None:
     """Answer instructions until ``stop``."""
     while True:
         instruction = stream.receive()
         if instruction.type == STOP:
             return
-        stream.send(_answer(instruction, repo))
+        stream.send(_answer(instruction, repo, context))
 
 
-def _answer(instruction: Message, repo: MLRepo) -> Message:
-    """Do what is asked; a failure is answered, and the learner stays for the next instruction."""
+def _answer(instruction: Message, repo: MLRepo, context: ActorContext) -> Message:
+    """Do what is asked; a failure is answered, and the learner stays for the next instruction.
+
+    The failure is logged whole here, on the learner's node; the answer has what the node reveals.
+    """
     header = {"id": instruction.header["id"]}
     started = time.perf_counter()
     try:
@@ -164,7 +167,8 @@ def _answer(instruction: Message, repo: MLRepo) -> Message:
         return reply
     except FlopsError as exc:
         exc.details.setdefault("round", instruction.header.get("round"))
-        return Message(REPLY, {**header, "error": exc.to_dict()})
+        log_failure(exc)
+        return Message(REPLY, {**header, "error": context.disclosed(exc).to_dict()})
 
 
 def _obey(instruction: Message, repo: MLRepo) -> Message:

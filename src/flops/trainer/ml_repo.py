@@ -206,7 +206,7 @@ class MLRepo:
             raise FlopsError(
                 ErrorCode.USER_CODE_FAILED,
                 f"The ML repository failed to {doing} on {self._node}{where}: {summary}",
-                details={"traceback": text, "node": self._node},
+                details={"traceback": text, "node": self._node, "phase": doing},
             ) from exc
 
 

@@ -23,6 +23,7 @@ from flops.trainer.ml_repo import MLRepo, named_parameters
 
 def main(argv: Sequence[str]) -> int:
     """Write the parameters; returns the exit code."""
+    context = None
     try:
         _, context_file, output = argv
         context = ActorContext.load(Path(context_file))
@@ -32,11 +33,11 @@ def main(argv: Sequence[str]) -> int:
         with Path(output).open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # the keys are no other parameters of savez
     except FlopsError as exc:
-        return tell_parent(exc)
+        return tell_parent(exc, context)
     except Exception as exc:  # noqa: BLE001 (the last line of defence: the aggregator reads one JSON line)
         details = {"traceback": traceback.format_exc()}
         message = f"The first parameters could not be made: {type(exc).__name__}: {exc}"
-        return tell_parent(FlopsError(ErrorCode.INTERNAL, message, details=details))
+        return tell_parent(FlopsError(ErrorCode.INTERNAL, message, details=details), context)
     return 0
 
 

@@ -24,6 +24,7 @@ class ModelProcess:
         env: the child's whole environment.
         doing: what it does, in words that follow "The process that …", for messages.
         code: error when it ends badly without telling why.
+        reveal: what of such an error may leave the node.
         on_end: called, in another thread, when it has ended.
     """
 
@@ -34,10 +35,12 @@ class ModelProcess:
         *,
         doing: str,
         code: ErrorCode,
+        reveal: Callable[[FlopsError], FlopsError] = lambda error: error,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._doing = doing
         self._code = code
+        self._reveal = reveal
         self._result: Future[None] = Future()
         try:
             self._process = subprocess.Popen(
@@ -92,8 +95,9 @@ class ModelProcess:
         reason = (
             "was killed, which is mostly for want of memory" if status == _KILLED else f"ended with {status}"
         )
-        return FlopsError(
+        error = FlopsError(
             code,
             f"The process that {self._doing} {reason}.",
             details={"exit_code": status, "traceback": errors[-_TAIL_CHARACTERS:]},
         )
+        return self._reveal(error)

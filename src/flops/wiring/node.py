@@ -139,6 +139,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         kit_dir=parts.kit_dir,
         environments_dir=paths.environments,
         inherited=inherited_environment(),
+        disclosure=conf.disclosure,
     )
     fetch = HttpBlobClient(blobs_url, tls).fetch
     bundles = BundleStore(paths.bundles, fetch)
@@ -153,8 +154,8 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         load=host.load,
         addons=addons.states,
         data_tags=addons.data_tags,
-    )
         clock_s=clock.now_s,
+    )
     agent = NodeAgent(lambda: dial_cluster(conf.cluster, tls=tls), view, supervisor, clock)
     facts = DaemonFacts(
         node_id=node_id,
@@ -163,6 +164,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         cluster_address=conf.cluster,
         active_addons=conf.active_addons,
         report_file=paths.status,
+        disclosure=conf.disclosure,
     )
     return NodeDaemon(facts, supervisor, addons, agent, services, clock)
 

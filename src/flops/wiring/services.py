@@ -15,7 +15,11 @@ def run_builder(arguments: list[str]) -> int:
     from flops.actor import run_actor
     from flops.builder.builder import main as build
 
-    return run_actor(lambda context, events: build(context, events, open_environments), ["", *arguments])
+    return run_actor(
+        lambda context, events: build(context, events, open_environments),
+        ["", *arguments],
+        has_users_code=False,
+    )
 
 
 def run_aggregator(arguments: list[str]) -> int:
@@ -34,7 +38,9 @@ def run_aggregator(arguments: list[str]) -> int:
     configure_logging("INFO")
     environ = inherited_environment()
     code = run_actor(
-        lambda context, events: aggregate(context, events, MlflowTracker, environ), ["", *arguments]
+        lambda context, events: aggregate(context, events, MlflowTracker, environ),
+        ["", *arguments],
+        has_users_code=False,  # its children do, and tell it no more than may be revealed
     )
     # A learner that hangs must not keep the process: the interpreter would wait for its thread.
     sys.stdout.flush()
@@ -63,7 +69,7 @@ def run_mock_data_provider(arguments: list[str]) -> int:
         read_file=read_file,
         load_from_hub=load_from_hub,
     )
-    return run_actor(provider.run, ["mock-data-provider", *arguments])
+    return run_actor(provider.run, ["mock-data-provider", *arguments], has_users_code=False)
 
 
 def open_environments(root: Path) -> Environments:
