@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install lock format lint types contracts check test test-fast demo demo-stop clean
+.PHONY: help install lock format lint types contracts check test test-fast chaos demo demo-stop clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test: install ## all checks and all tests
 
 test-fast: install ## unit, contract and property tests only
 	$(BIN)/pytest tests/unit tests/contract tests/property tests/architecture
+
+chaos: install ## the long tests of faults: kills at every stage, a soak of 200 projects
+	$(BIN)/pytest -m chaos -s
 
 demo: install ## run the main job on real data, from two fresh nodes to a served model
 	$(BIN)/python scripts/demo.py
