@@ -26,6 +26,7 @@ from flops.core.dataset import Damage, Fragment, TagLimits
 from flops.core.effects import Effect
 from flops.core.ids import Digest, EnvironmentKey, ProjectId, ServiceId
 from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository
+from flops.core.reach import Reach
 
 
 class Clock(Protocol):
@@ -349,9 +350,12 @@ class Runtime(Protocol):
     def remove(self, service_id: ServiceId) -> None:
         """Stop the service and forget it, with its output."""
         ...
+        reach: Reach | None = None,
 
     def running(self) -> list[ServiceId]:
         """Every service that runs now, also ones that an earlier process started."""
+        It is confined to `work_dir` and `reach`, as far as `limits` tells; without a reach it is not.
+
         ...
 
     def usage(self, service_id: ServiceId) -> ServiceUsage:
@@ -363,7 +367,7 @@ class Runtime(Protocol):
         ...
 
     def limits(self) -> tuple[tuple[str, ...], str]:
-        """Which limits can be enforced here ("memory", "cpu", "pids"), and why not all of them."""
+        """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
         ...
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from flops.adapters.control_groups import ControlGroups, find_control_groups
 from flops.adapters.process_runtime import ProcessRuntime
 from flops.core.cluster import Resources, ServiceState
 from flops.core.ids import ServiceId
+from flops.core.reach import Reach
 from flops.errors import FlopsError
 from flops.ports import Runtime
 from flops.testing.contracts.runtime import S1, SLEEP, RuntimeContract, until
@@ -22,7 +25,7 @@ from flops.testing.contracts.runtime import S1, SLEEP, RuntimeContract, until
 NO_GROUPS = ControlGroups({}, is_unified=False, note="not here")
 
 
-def make_runtime(folder: Path, groups: ControlGroups, **options: int) -> ProcessRuntime:
+def make_runtime(folder: Path, groups: ControlGroups, **options: Any) -> ProcessRuntime:
     return ProcessRuntime(folder / "runtime", folder / "output", groups, **options)
 
 
@@ -83,6 +86,38 @@ class TestShim:
         assert sum(sizes) <= 200_000
         assert runtime.output(S1, tail_bytes=150_000).endswith("19999\n")
         assert len(runtime.output(S1, tail_bytes=90_000)) == 90_000
+
+    def test_a_confined_service_does_not_see_the_node(
+        self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
+    ) -> None:
+        if "files" not in runtime.limits()[0]:
+            pytest.skip("files are not limited here")
+        (folder / "runtime").mkdir()
+        home = folder / "home"
+        for name in ("secret", "bundles/own/code", "bundles/other/code"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text("x")
+        (home / "link").symlink_to(home / "secret")
+        (folder / "way-in").symlink_to(home)
+        work = home / "services" / "s" / "work"
+        work.mkdir(parents=True)
+        hiding = make_runtime(folder, NO_GROUPS, hidden=[home])
+        code = (
+            "import os, sys\n"
+            "for name in sys.argv[2:]:\n"
+            "    try: open(os.path.join(sys.argv[1], name)).close(); print('read')\n"
+            "    except PermissionError: print('refused')\n"
+            "open('/etc/passwd').close(); open(f'{sys.argv[1]}/beside').close(); open('own', 'w').close()\n"
+        )
+        (folder / "beside").write_text("")
+        names = ["home/bundles/own/code", "home/bundles/other/code", "home/secret", "home/link"]
+        names += ["way-in/secret", "runtime/learner-p1-0/launch.json", "output/learner-p1-0.log"]
+        argv = [sys.executable, "-I", "-c", code, str(folder), *names, "/dev/vda", "/dev/sda"]
+        reach = Reach(readable=(str(home / "bundles" / "own"),))
+        present = [name for name in argv[-2:] if Path(name).exists()]
+        hiding.start(S1, [*argv[:-2], *present], {}, work, Resources(), reach)
+        assert self.end(hiding).state is ServiceState.COMPLETED, hiding.output(S1)
+        assert hiding.output(S1).split() == ["read", *["refused"] * (len(names) - 1 + len(present))]
 
     def test_a_process_id_that_is_another_process_now_is_not_it(
         self, runtime: ProcessRuntime, folder: Path, tmp_path: Path

@@ -12,20 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
+from flops.adapters import confinement
 from flops.adapters import service_shim as shim
 from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
+from flops.core.reach import Reach
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 
 OUTPUT_BYTES = 8 * 1024**2  # of one file; the one before it is kept too
 ID_VARIABLE = "FLOPS_SERVICE_ID"  # marks every process of a service
+TEMPORARY_FOLDER = "tmp"  # in the work folder of a confined service
 FOLDER_VARIABLE = "FLOPS_RUNTIME_FOLDER"  # likewise; tells services of several nodes on one machine apart
 _START_TIMEOUT_S = 15.0
 _KILL_TIMEOUT_S = 20.0
@@ -65,13 +68,21 @@ class ProcessRuntime:
         root: folder of this runtime: what runs, and how it ended.
         output_dir: folder of the services' output files, ``<service id>.log``.
         limiter: enforces resources.
+        hidden: files and folders that confined services do not reach, apart from what their `Reach` names.
         output_bytes: largest size of an output file.
     """
 
     def __init__(
-        self, root: Path, output_dir: Path, limiter: Limiter, *, output_bytes: int = OUTPUT_BYTES
+        self,
+        root: Path,
+        output_dir: Path,
+        limiter: Limiter,
+        *,
+        hidden: Sequence[Path] = (),
+        output_bytes: int = OUTPUT_BYTES,
     ) -> None:
         self._root = root
+        self._hidden = tuple(str(path) for path in (root, output_dir, *hidden))
         self._output_dir = output_dir
         self._limiter = limiter
         self._output_bytes = output_bytes
@@ -85,6 +96,7 @@ class ProcessRuntime:
         env: Mapping[str, str],
         work_dir: Path,
         resources: Resources,
+        reach: Reach | None = None,
     ) -> None:
         """Start a service's process; an already running one is left alone.
 
@@ -100,17 +112,31 @@ class ProcessRuntime:
         except OSError as exc:
             raise file_error(exc, self._output_dir) from exc
         groups = self._limiter.create(self._group_name(service_id), resources)
+        variables = {**env, ID_VARIABLE: service_id, FOLDER_VARIABLE: str(folder)}
+        confined = None
+        if reach is not None:
+            variables["TMPDIR"] = str(_fresh_folder(work_dir / TEMPORARY_FOLDER))
+            confined = asdict(self._confinement(work_dir, reach))
         launch = {
             "argv": list(argv),
-            "env": {**env, ID_VARIABLE: service_id, FOLDER_VARIABLE: str(folder)},
+            "env": variables,
             "cwd": str(work_dir),
             "output": str(self._output_dir / f"{service_id}.log"),
             "output_bytes": self._output_bytes,
             "groups": [str(group) for group in groups],
             "oom_files": [str(file) for group in groups if (file := self._limiter.oom_file(group))],
+            "confinement": confined,
         }
         write_durably(folder / shim.LAUNCH_FILE, json.dumps(launch))
         self._start_shim(service_id, folder)
+
+    def _confinement(self, work_dir: Path, reach: Reach) -> confinement.Confinement:
+        for folder in reach.writable:
+            with contextlib.suppress(OSError):  # it is missed where it is used
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        return confinement.Confinement(
+            hidden=self._hidden, readable=reach.readable, writable=(str(work_dir), *reach.writable)
+        )
 
     def _start_shim(self, service_id: ServiceId, folder: Path) -> None:
         argv = [sys.executable, "-I", "-S", "-B", shim.__file__, str(folder)]
@@ -207,8 +233,10 @@ class ProcessRuntime:
         return text.decode(errors="replace")
 
     def limits(self) -> tuple[tuple[str, ...], str]:
-        """Which limits can be enforced here ("memory", "cpu", "pids"), and why not all of them."""
-        return self._limiter.limits()
+        """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
+        groups, why_not_groups = self._limiter.limits()
+        kernel, why_not_kernel = confinement.limits()
+        return (*groups, *kernel), "; ".join(filter(None, (why_not_groups, why_not_kernel)))
 
     def _folder(self, service_id: ServiceId) -> Path:
         if not service_id or "/" in service_id or service_id.startswith("."):
@@ -245,6 +273,18 @@ class ProcessRuntime:
                 shim.send_signal(marked, signal.SIGKILL)
             time.sleep(_POLL_S)
         self._limiter.remove([Path(group) for group in launch.get("groups", ())])
+
+
+def _fresh_folder(path: Path) -> Path:
+    """Make a folder, without anything that an earlier start left in it."""
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise file_error(exc, path) from exc
+    return path
 
 
 def _ended(service_id: ServiceId, record: Mapping[str, Any]) -> ServiceStatus:

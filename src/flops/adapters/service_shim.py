@@ -6,7 +6,8 @@ together, also those that left their session, and leaves ``FOLDER/exit.json``. I
 only, because it runs without site-packages: it must start in milliseconds and stay small.
 
 ``launch.json``: ``argv``, ``env``, ``cwd``, ``output`` (path), ``output_bytes`` (size of one output file, two
-are kept), ``groups`` (control groups to join), ``oom_files`` (files that count kills for want of memory).
+are kept), ``groups`` (control groups to join), ``oom_files`` (files that count kills for want of memory),
+``confinement`` (null, or the fields of `flops.adapters.confinement.Confinement`).
 SIGTERM ends the service: politely, then after the seconds in ``stop.json`` for good.
 """
 
@@ -25,6 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[2]))  # where our own modules are
+
+from flops.adapters.confinement import Confinement, confine
+
 LAUNCH_FILE = "launch.json"
 SHIM_FILE = "shim.json"
 STOP_FILE = "stop.json"
@@ -35,8 +41,12 @@ EXIT_FILE_BYTES = 4096  # reserved at the start, so that the end can be told on 
 DEFAULT_GRACE_S = 5.0
 ORPHAN_GRACE_S = 2.0  # for processes that the service left behind when it ended
 KILL_TIMEOUT_S = 10.0
+CANNOT_CONFINE = 126  # exit code
 _CHUNK_BYTES = 65_536
+_WINDOW_S = 0.1
+_WINDOW_BYTES = 2 * 1024**2  # of output; whoever writes more waits, as for a slow terminal
 _WAKE_S = 0.2
+_GIVES_WAY = 500  # of all processes, services are the ones to be ended when the machine runs out of memory
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -134,6 +144,8 @@ class Shim:
         self._problem = ""
         self._is_asked_to_stop = False
         self._main_pid = 0
+        self._window_ends_s = 0.0
+        self._window_bytes = 0
         self._reserve_exit_file()
 
     def run(self) -> None:
@@ -181,10 +193,19 @@ class Shim:
         for group in self._launch["groups"]:
             (Path(group) / "cgroup.procs").write_text("0")
         set_process_option(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        with contextlib.suppress(OSError):  # of all processes, services are the ones to give way
-            Path("/proc/self/oom_score_adj").write_text("300")
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        if self._launch["confinement"] is not None:
+            self._confine(self._launch["confinement"])
+
+    def _confine(self, confinement: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(str(_GIVES_WAY))
+        try:
+            confine(Confinement(**confinement))
+        except (OSError, ValueError) as exc:
+            os.write(2, f"The service cannot be confined: {exc}\n".encode())
+            os._exit(CANNOT_CONFINE)
 
     def _attend(self, selector: selectors.BaseSelector, wake: int, pipe: int | None) -> None:
         politely_at_s: float | None = None
@@ -215,7 +236,17 @@ class Shim:
                 return False
             self._output.write(data)
             if once:
+                self._hold_back(len(data))
                 return True
+
+    def _hold_back(self, size: int) -> None:
+        """Wait when output comes too fast: a flood must wear out neither the disk nor this machine's CPU."""
+        now_s = time.monotonic()
+        if now_s > self._window_ends_s:
+            self._window_ends_s, self._window_bytes = now_s + _WINDOW_S, 0
+        self._window_bytes += size
+        if self._window_bytes > _WINDOW_BYTES:
+            time.sleep(self._window_ends_s - now_s)
 
     def _reap(self) -> bool:
         """Collect ended children; false when none is left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import pytest
 
 from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
+from flops.core.reach import Reach
 from flops.errors import ErrorCode
 from flops.ports import Runtime
 from flops.testing import waiting
 
 S1 = ServiceId("learner-p1-0")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (looked at only)
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
@@ -189,8 +192,8 @@ class RuntimeContract:
 
     def test_limits_are_told(self, runtime: Runtime) -> None:
         limits, why_not_all = runtime.limits()
-        assert set(limits) <= {"memory", "cpu", "pids"}
-        assert (len(limits) == 3) != bool(why_not_all)
+        assert set(limits) <= {"memory", "cpu", "pids", "files", "signals"}
+        assert (len(limits) == 5) != bool(why_not_all)
 
     def test_memory_is_limited(self, runtime: Runtime, tmp_path: Path) -> None:
         if "memory" not in runtime.limits()[0]:
@@ -221,3 +224,77 @@ class RuntimeContract:
         runtime.stop(S1, grace_s=0.2)
         assert runtime.running() == []
         assert self.status(runtime).state is ServiceState.STOPPED
+
+    def run_confined(
+        self, runtime: Runtime, work_dir: Path, code: str, reach: Reach | None = None, *arguments: Path
+    ) -> str:
+        """Run a program as S1, confined, to its end; returns its output."""
+        if not {"files", "signals"} <= set(runtime.limits()[0]):
+            pytest.skip("files and signals are not limited here")
+        argv = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+        runtime.start(S1, argv, {"PATH": os.defpath}, work_dir, Resources(), reach or Reach())
+        self.end(runtime)
+        return runtime.output(S1)
+
+    def test_a_confined_service_writes_to_its_own_folders_only(
+        self, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        work, shared, outside = (tmp_path / name for name in ("work", "shared", "outside"))
+        for folder in (work, outside):
+            folder.mkdir()
+        victim = outside / "victim"
+        victim.write_text("whole")
+        code = (
+            "import os, pathlib, sys, tempfile\n"
+            "shared, outside = map(pathlib.Path, sys.argv[1:])\n"
+            "pathlib.Path('own').write_text('x'); (shared / 'given').write_text('x')\n"
+            "tempfile.NamedTemporaryFile().close(); open('/dev/null', 'w').close()\n"
+            "os.rename('own', shared / 'moved')\n"
+            "attempts = [lambda: (outside / 'new').write_text('x'), lambda: (outside / 'victim').unlink(),\n"
+            "  lambda: os.truncate(outside / 'victim', 0), lambda: (outside / 'folder').mkdir(),\n"
+            "  lambda: os.rename(outside / 'victim', 'stolen'), lambda: open('/proc/self/comm', 'w'),\n"
+            "  lambda: os.symlink('x', outside / 'link')]\n"
+            "for attempt in attempts:\n"
+            "    try: attempt(); print('written')\n"
+            "    except PermissionError: print('refused')"
+        )
+        said = self.run_confined(runtime, work, code, Reach(writable=(str(shared),)), shared, outside)
+        assert said == "refused\n" * 7
+        assert [path.name for path in outside.iterdir()] == ["victim"]
+        assert victim.read_text() == "whole"
+        assert sorted(path.name for path in shared.iterdir()) == ["given", "moved"]
+
+    def test_a_confined_service_signals_and_sees_into_its_own_processes_only(
+        self, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        code = (
+            "import os, signal, subprocess, sys, time\n"
+            "own = subprocess.Popen(['sleep', '600'])\n"
+            "for attempt in (lambda: os.kill(os.getppid(), 0), lambda: os.kill(int(sys.argv[1]), 9),\n"
+            "                lambda: open(f'/proc/{sys.argv[1]}/environ').read()):\n"
+            "    try: attempt(); sys.exit('reached others')\n"
+            "    except PermissionError: pass\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "os.kill(-1, 9)\n"  # all that it may signal, but itself
+            "print('ended', own.wait())"
+        )
+        with subprocess.Popen(["sleep", "600"]) as other:
+            said = self.run_confined(runtime, tmp_path, code, Reach(), Path(str(other.pid)))
+            assert said == "ended -9\n"
+            assert other.poll() is None
+            other.kill()
+        assert self.status(runtime).state is ServiceState.COMPLETED
+
+    def test_a_confined_service_has_working_multiprocessing_and_leaves_no_shared_memory(
+        self, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        before = set(SHARED_MEMORY.iterdir())
+        code = (
+            "import multiprocessing, pathlib, resource\n"
+            "print(multiprocessing.Pool(2).map(abs, [-1, -2]))\n"
+            "multiprocessing.shared_memory.SharedMemory('left-behind', create=True, size=10)\n"
+            "print(resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIMIT_NOFILE)[1])\n"
+        ).replace("import multiprocessing,", "import multiprocessing.shared_memory,")
+        said = self.run_confined(runtime, tmp_path, code)
+        assert said.splitlines()[:2] == ["[1, 2]", "(0, 0) 16384"]
+        assert os.geteuid() != 0 or set(SHARED_MEMORY.iterdir()) <= before

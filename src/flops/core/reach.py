@@ -1,0 +1,15 @@
+"""Which of a node's own files a service may use."""
+
+from __future__ import annotations
+
+from flops.core.model import Value
+
+
+class Reach(Value):
+    """What a confined service may use beside its work folder, which it may write to.
+
+    What is no node's own (system folders, installed programs) can be read by every service.
+    """
+
+    readable: tuple[str, ...] = ()  # files and folders of the node that it may read
+    writable: tuple[str, ...] = ()  # folders that it may write to
