@@ -76,7 +76,7 @@ class Change:
         self._request(kind, ProjectId(""), {"project_id": self.project.id})
 
     def _request(self, kind: EffectKind, owner: ProjectId, payload: dict[str, Any]) -> None:
-        """The key holds the version that the step makes: a version is stored once, so the key is used once."""
+        """The key holds the version that the step makes: one is stored once, so the key is used once."""
         key = f"{self.project.id}:{self._before.version + 1}:{len(self._effects)}:{kind.value}"
         self._effects.append(Effect(key=key, project_id=owner, kind=kind, payload=payload))
 
