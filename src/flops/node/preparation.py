@@ -10,12 +10,14 @@ from pathlib import Path
 from flops.actor import ActorContext
 from flops.core.cluster import ServiceKind, ServiceSpec
 from flops.core.ids import Digest
+from flops.core.reach import Reach
 from flops.disclosure import Disclosure
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 from flops.node.bundles import BundleStore
 from flops.node.service_environment import service_environment
 from flops.node.service_folder import ServiceFolder
+from flops.node.service_reach import service_reach
 from flops.ports import Environments
 
 Report = Callable[[str], None]
@@ -31,6 +33,7 @@ class Launch:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     work_dir: Path
+    reach: Reach
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,13 @@ class Preparer:
                 ErrorCode.SERVICE_FAILED,
                 f"{spec.id} is a {spec.kind.value}, but its spec names no environment.",
             )
+        env = service_environment(self.site.inherited, spec.resources, kit=kit)
+        if spec.kind in _WITH_USERS_CODE:  # libraries keep caches and settings there, which must be writable
+            env["HOME"] = context.work_dir
+            env.pop("XDG_CACHE_HOME", None)
         return Launch(
             argv=(python, "-m", *module, str(context_file)),
-            env=service_environment(self.site.inherited, spec.resources, kit=kit),
+            env=env,
             work_dir=Path(context.work_dir),
+            reach=service_reach(spec.kind, context, env),
         )

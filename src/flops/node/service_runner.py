@@ -170,7 +170,12 @@ class ServiceRunner:
                 # Kept before the start: a daemon that is killed in between finds out by asking the runtime.
                 self.folder.save(Progress(running, self._progress.run_offset))
                 self._runtime.start(
-                    self.spec.id, launch.argv, launch.env, launch.work_dir, self.spec.resources
+                    self.spec.id,
+                    launch.argv,
+                    launch.env,
+                    launch.work_dir,
+                    self.spec.resources,
+                    launch.reach,
                 )
             return True
         return False

@@ -173,7 +173,10 @@ def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[ProcessRun
     """The runtimes of a node's services, and of its addons."""
     groups = find_control_groups()
     output = Path(conf.app_logs) if conf.app_logs else paths.output
-    return ProcessRuntime(paths.runtime, output, groups), ProcessRuntime(
+    # Not only this node's files: other nodes and the control plane of this machine share the folder of FLOps.
+    secrets = [NodeSettings.read().home, paths.home, paths.conf, paths.log]
+    secrets += [Path(file) for file in conf.client_certificate if file]
+    return ProcessRuntime(paths.runtime, output, groups, hidden=secrets), ProcessRuntime(
         paths.addon_runtime, paths.output, groups
     )
 

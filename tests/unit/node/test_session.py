@@ -25,6 +25,7 @@ from flops.core.cluster import (
 )
 from flops.core.ids import Digest, NodeId, ServiceId
 from flops.core.project import Environment
+from flops.core.reach import Reach
 from flops.errors import ErrorCode, FlopsError
 from flops.node.bundles import BundleStore
 from flops.node.preparation import NodeSite, Preparer
@@ -86,6 +87,7 @@ class MemoryRuntime:
         env: Mapping[str, str],
         work_dir: Path,
         resources: Resources,
+        reach: Reach | None = None,
     ) -> None:
         self.work_dirs[service_id] = work_dir
         self.statuses[service_id] = ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
