@@ -331,8 +331,11 @@ class Runtime(Protocol):
         env: Mapping[str, str],
         work_dir: Path,
         resources: Resources,
+        reach: Reach | None = None,
     ) -> None:
         """Start a service's process with limits; an already running one is left alone.
+
+        It is confined to `work_dir` and `reach`, as far as `limits` tells; without a reach it is not.
 
         Raises:
             FlopsError: ``service_failed``, ``disk_full`` or ``file_unreadable`` when it cannot be started.
@@ -350,12 +353,9 @@ class Runtime(Protocol):
     def remove(self, service_id: ServiceId) -> None:
         """Stop the service and forget it, with its output."""
         ...
-        reach: Reach | None = None,
 
     def running(self) -> list[ServiceId]:
         """Every service that runs now, also ones that an earlier process started."""
-        It is confined to `work_dir` and `reach`, as far as `limits` tells; without a reach it is not.
-
         ...
 
     def usage(self, service_id: ServiceId) -> ServiceUsage:
