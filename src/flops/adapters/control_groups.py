@@ -14,6 +14,8 @@ from flops.core.cluster import Resources
 
 LIMITS = ("memory", "cpu", "pids")
 CPU_PERIOD_US = 100_000
+DEFAULT_PIDS = 2_048  # processes and threads of a service that asks for no limit
+RESERVED_BYTES = 512 * 1024**2  # of memory, that no service gets; of less than 4 GiB, an eighth
 _MOUNT = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _FOLDER = "flops-services"
@@ -27,10 +29,17 @@ class ControlGroups:
         parents: per limit of `LIMITS`, the group below which groups can be made.
         is_unified: whether all limits belong to one group (version 2).
         note: why some limits are not enforced.
+        memory_bytes: memory of the machine: a service that asks for no limit gets it less a reserve, so that
+            it is ended and not the node's daemon. None: such a service is not limited.
     """
 
-    def __init__(self, parents: dict[str, Path], *, is_unified: bool, note: str = "") -> None:
+    def __init__(
+        self, parents: dict[str, Path], *, is_unified: bool, note: str = "", memory_bytes: int | None = None
+    ) -> None:
         self._parents = parents
+        self._most_bytes = (
+            None if memory_bytes is None else memory_bytes - min(RESERVED_BYTES, memory_bytes // 8)
+        )
         self._is_unified = is_unified
         self._note = note
 
@@ -40,17 +49,18 @@ class ControlGroups:
 
     def create(self, name: str, resources: Resources) -> list[Path]:
         """Make groups with the limits of `resources`; those that cannot be enforced are left out."""
+        asked = None if resources.memory_mb is None else resources.memory_mb * 1024**2
+        memory = [size for size in (asked, self._most_bytes) if size is not None]
         wanted = {
-            "memory": None if resources.memory_mb is None else resources.memory_mb * 1024**2,
+            "memory": min(memory, default=None),
             "cpu": None if resources.vcpus is None else max(1_000, int(resources.vcpus * CPU_PERIOD_US)),
-            "pids": resources.pids,
+            "pids": DEFAULT_PIDS if resources.pids is None else resources.pids,
         }
         groups: dict[Path, None] = {}
         for limit, parent in self._parents.items():
             value = wanted[limit]
-            # The memory group is made also without a limit: it tells that a process was killed for memory.
-            if value is None and limit != "memory":
-                continue
+            # Groups are made also without a limit: that of memory tells that a process was killed for it, and
+            # all processes of a group together get the CPU that one outside gets.
             group = parent / name
             group.mkdir(exist_ok=True)
             groups[group] = None
@@ -98,12 +108,15 @@ class ControlGroups:
                 time.sleep(0.01)
 
 
-def find_control_groups(mount: Path = _MOUNT, own_groups: Path = _OWN_GROUPS) -> ControlGroups:
+def find_control_groups(
+    mount: Path = _MOUNT, own_groups: Path = _OWN_GROUPS, *, memory_bytes: int | None = None
+) -> ControlGroups:
     """Find out which limits can be enforced by this process, by trying.
 
     Args:
         mount: where control groups are mounted.
         own_groups: lists the groups of this process, in the format of ``/proc/self/cgroup``.
+        memory_bytes: memory of the machine, see `ControlGroups`.
     """
     own = _own_groups(own_groups)
     parents: dict[str, Path] = {}
@@ -112,12 +125,12 @@ def find_control_groups(mount: Path = _MOUNT, own_groups: Path = _OWN_GROUPS) ->
         if parent is not None:
             available = (parent / "cgroup.subtree_control").read_text().split()
             parents = {limit: parent for limit in LIMITS if limit in available}
-        return ControlGroups(parents, is_unified=True, note=_note(parents))
+        return ControlGroups(parents, is_unified=True, note=_note(parents), memory_bytes=memory_bytes)
     for limit in LIMITS:
         candidate = mount / limit / own.get(limit, "/").lstrip("/") / _FOLDER
         if (mount / limit / "cgroup.procs").exists() and _can_make_groups(candidate):
             parents[limit] = candidate
-    return ControlGroups(parents, is_unified=False, note=_note(parents))
+    return ControlGroups(parents, is_unified=False, note=_note(parents), memory_bytes=memory_bytes)
 
 
 def _own_groups(file: Path) -> dict[str, str]:

@@ -46,7 +46,7 @@ class LocalHost:
             python_version=platform.python_version(),
             flops_version=self._version,
             cpu_cores=len(os.sched_getaffinity(0)),
-            memory_mb=_memory_bytes() // _MB,
+            memory_mb=memory_bytes() // _MB,
             disk_free_mb=self._disk_mb()[0],
             gpus=_gpus(),
         )
@@ -99,7 +99,7 @@ def _operating_system() -> str:
     return platform.system()
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Memory of the machine, or of the container this process runs in."""
     total = psutil.virtual_memory().total
     for file in _CGROUP_LIMITS:

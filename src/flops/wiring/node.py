@@ -20,7 +20,7 @@ from flops import __version__
 from flops.adapters.actor_kit import install_kit
 from flops.adapters.blob_client import HttpBlobClient
 from flops.adapters.control_groups import find_control_groups
-from flops.adapters.host_facts import LocalHost
+from flops.adapters.host_facts import LocalHost, memory_bytes
 from flops.adapters.node_link import client_tls, dial_cluster
 from flops.adapters.process_runtime import ProcessRuntime
 from flops.adapters.system_clock import SystemClock
@@ -171,7 +171,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
 
 def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[ProcessRuntime, ProcessRuntime]:
     """The runtimes of a node's services, and of its addons."""
-    groups = find_control_groups()
+    groups = find_control_groups(memory_bytes=memory_bytes())
     output = Path(conf.app_logs) if conf.app_logs else paths.output
     # Not only this node's files: other nodes and the control plane of this machine share the folder of FLOps.
     secrets = [NodeSettings.read().home, paths.home, paths.conf, paths.log]

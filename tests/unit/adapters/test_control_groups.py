@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flops.adapters.control_groups import ControlGroups, find_control_groups
+from flops.adapters.control_groups import (
+    DEFAULT_PIDS,
+    RESERVED_BYTES,
+    ControlGroups,
+    find_control_groups,
+)
 from flops.core.cluster import Resources
 
 
@@ -49,3 +54,20 @@ def test_without_control_groups_nothing_is_limited(tmp_path: Path) -> None:
     assert limits == ()
     assert "memory, cpu, pids" in note
     assert groups.create("s", Resources(memory_mb=1)) == []
+
+
+def test_who_asks_for_nothing_leaves_a_reserve_to_the_machine(tmp_path: Path) -> None:
+    parents = dict.fromkeys(("memory", "cpu", "pids"), tmp_path)
+    groups = ControlGroups(parents, is_unified=True, memory_bytes=16 * 1024**3)
+    (group,) = groups.create("s", Resources())
+    assert int((group / "memory.max").read_text()) == 16 * 1024**3 - RESERVED_BYTES
+    assert (group / "pids.max").read_text() == str(DEFAULT_PIDS)
+    assert not (group / "cpu.max").exists()
+    (group,) = groups.create("greedy", Resources(memory_mb=64 * 1024))
+    assert int((group / "memory.max").read_text()) == 16 * 1024**3 - RESERVED_BYTES
+
+
+def test_a_small_machine_keeps_an_eighth(tmp_path: Path) -> None:
+    groups = ControlGroups({"memory": tmp_path}, is_unified=True, memory_bytes=1024**3)
+    (group,) = groups.create("s", Resources())
+    assert int((group / "memory.max").read_text()) == 7 * 1024**3 // 8
