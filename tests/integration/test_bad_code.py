@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,10 +17,13 @@ import pytest
 from flops.adapters import confinement
 from flops.adapters.control_groups import find_control_groups
 from flops.adapters.process_runtime import ProcessRuntime
-from flops.core.cluster import Resources, ServiceState, ServiceStatus
-from flops.core.ids import ServiceId
+from flops.core.cluster import Resources, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
+from flops.core.ids import NodeId, ServiceId
 from flops.core.reach import Reach
 from flops.errors import ErrorCode
+from flops.node.preparation import Launch, NodeSite, Preparer, Report
+from flops.node.service_folder import ServiceFolder
+from flops.node.supervisor import Supervisor
 from flops.testing.waiting import until
 
 BAD, GOOD, ADDON = ServiceId("bad"), ServiceId("good"), ServiceId("data-server")
@@ -223,3 +228,64 @@ def test_neither_the_node_nor_others_can_be_read_or_changed(machine: Machine) ->
     assert machine.services.output(BAD) == "refused\n" * 7
     assert (machine.work(GOOD) / "model").read_text() == "good"
     machine.clear()
+
+
+class GivenProgram(Preparer):
+    """Has services run the program of their configuration."""
+
+    def __init__(self) -> None:  # nothing has to be fetched or built
+        self.site = NodeSite("n", "127.0.0.1", "", Path(), Path(), {})
+
+    def prepare(self, spec: ServiceSpec, folder: ServiceFolder, report: Report) -> Launch:
+        argv = (sys.executable, "-I", "-c", str(spec.config["program"]))
+        return Launch(argv, {"PATH": os.defpath}, folder.work_dir, Reach())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "file = open('fill', 'wb', 0)\nwhile True: file.write(bytes(100_000)); time.sleep(0.005)",
+        "n = 0\nwhile True: open(f'tmp/{n}', 'wb').write(bytes(100_000)); n += 1; time.sleep(0.005)",
+        "file = open('fill', 'wb', 0)\nwhile True: file.write(bytes(1_000_000))",
+    ],
+    ids=["one file", "many files", "faster than it is watched"],
+)
+def test_who_fills_the_disk_is_ended_before_it_is_full(small_disk: Path, how: str) -> None:
+    runtime = ProcessRuntime(small_disk / "runtime", small_disk / "logs", find_control_groups())
+    supervisor = Supervisor(small_disk / "services", GivenProgram(), runtime)
+
+    def spec(service_id: ServiceId, program: str) -> ServiceSpec:
+        return ServiceSpec(
+            id=service_id,
+            project_id="p1",
+            kind=ServiceKind.LEARNER,
+            node_id=NodeId("n"),
+            config={"program": program},
+            max_restarts=5,
+        )
+
+    supervisor.start(spec(GOOD, f"open('own', 'wb').write(b'x' * 1_000_000); {IDLE}"))
+    supervisor.start(spec(BAD, f"import time\n{how}"))
+    try:
+        until(lambda: supervisor.statuses()[BAD].state is ServiceState.FAILED)
+        ended = supervisor.statuses()[BAD]
+        assert ended.error is not None
+        assert ended.error["code"] == ErrorCode.DISK_FULL.value
+        assert "filled the disk of its node" in ended.detail
+        assert ended.restarts == 0
+        assert "sleep" not in how or "No space left" not in runtime.output(BAD)
+        assert shutil.disk_usage(small_disk).free > 150 * 1024**2
+        assert supervisor.statuses()[GOOD].state is ServiceState.RUNNING
+    finally:
+        supervisor.stop_all("The test is over.")

@@ -99,6 +99,15 @@ class ServiceFolder:
             return self.events.stat().st_size
         return 0
 
+    def clear_work(self) -> None:
+        """Remove what the service wrote, apart from its events."""
+        with contextlib.suppress(OSError):
+            for path in self.work_dir.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path != self.events:
+                    path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove the folder with everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)

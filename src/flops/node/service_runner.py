@@ -12,6 +12,7 @@ from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus
 from flops.errors import ErrorCode, FlopsError
 from flops.log import log_context
 from flops.node.backoff import Backoff
+from flops.node.disk_guard import DiskGuard
 from flops.node.event_log import last_failure
 from flops.node.preparation import Preparer
 from flops.node.service_folder import Progress, ServiceFolder
@@ -34,6 +35,7 @@ class ServiceRunner:
         preparer: gets everything it needs.
         runtime: runs its process.
         progress: where it stood before, when this daemon finds it on disk.
+        disk: watches what the services write.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class ServiceRunner:
         preparer: Preparer,
         runtime: Runtime,
         progress: Progress | None = None,
+        disk: DiskGuard | None = None,
     ) -> None:
         self.spec = spec
+        self._disk = disk or DiskGuard()
         self.folder = folder
         self._preparer = preparer
         self._runtime = runtime
@@ -181,10 +185,23 @@ class ServiceRunner:
         return False
 
     def _watch(self) -> ServiceStatus | None:
-        """Wait for the service's end; None when it has to be stopped."""
+        """Wait for the service's end; None when it has to be stopped.
+
+        Raises:
+            FlopsError: ``disk_full`` when it was ended for what it wrote; a new start would write it again.
+        """
         while not self._is_asked_to_stop.wait(WATCH_INTERVAL_S):
             status = self._runtime.status(self.spec.id)
-            if status is not None and status.state.is_final:
+            is_final = status is not None and status.state.is_final
+            has_failed = status is not None and status.state is ServiceState.FAILED
+            if is_final and not has_failed:
+                return status
+            problem = self._disk.problem_of(self.spec.id, self.folder.work_dir, has_failed=has_failed)
+            if problem is not None:
+                self._runtime.stop(self.spec.id, grace_s=0.0)
+                self.folder.clear_work()
+                raise problem
+            if is_final:
                 return status
         return None
 

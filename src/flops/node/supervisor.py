@@ -13,6 +13,7 @@ from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus, Service
 from flops.core.ids import ServiceId
 from flops.disclosure import withheld_output
 from flops.errors import ErrorCode, FlopsError
+from flops.node.disk_guard import DiskGuard
 from flops.node.preparation import Preparer
 from flops.node.service_folder import ServiceFolder, folder_name
 from flops.node.service_runner import ServiceRunner
@@ -37,6 +38,7 @@ class Supervisor:
         self._root = root
         self._preparer = preparer
         self._runtime = runtime
+        self._disk = DiskGuard()
         self._lock = threading.Lock()
         self._runners: dict[ServiceId, ServiceRunner] = {}
         self._removals: dict[ServiceId, threading.Thread] = {}
@@ -196,7 +198,7 @@ class Supervisor:
     def _make_runner(self, spec: ServiceSpec, *, known: bool) -> ServiceRunner:
         folder = ServiceFolder(self._root / spec.id)
         progress = folder.load(spec.id) if known else None
-        return ServiceRunner(spec, folder, self._preparer, self._runtime, progress)
+        return ServiceRunner(spec, folder, self._preparer, self._runtime, progress, self._disk)
 
     def _work(self, task: Callable[[], None]) -> threading.Thread:
         """Do something that waits, in a thread of its own."""
