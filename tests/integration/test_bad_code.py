@@ -20,7 +20,7 @@ from flops.adapters.process_runtime import ProcessRuntime
 from flops.core.cluster import Resources, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
 from flops.core.reach import Reach
-from flops.errors import ErrorCode
+from flops.errors import CATALOGUE, ErrorCode
 from flops.node.preparation import Launch, NodeSite, Preparer, Report
 from flops.node.service_folder import ServiceFolder
 from flops.node.supervisor import Supervisor
@@ -289,3 +289,25 @@ def test_who_fills_the_disk_is_ended_before_it_is_full(small_disk: Path, how: st
         assert supervisor.statuses()[GOOD].state is ServiceState.RUNNING
     finally:
         supervisor.stop_all("The test is over.")
+
+
+@pytest.mark.parametrize(
+    ("loop", "exit_code"),
+    [
+        ("while True: pass", CATALOGUE[ErrorCode.MODEL_UNLOADABLE].exit_code),
+        ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", 1),  # lets no other thread run
+    ],
+)
+def test_a_model_that_loads_for_ever_is_given_up(tmp_path: Path, loop: str, exit_code: int) -> None:
+    program = (
+        "import pathlib, sys\nfrom flops.actor import EventLog\nfrom flops.serving import app\n"
+        f"app._GRACE_S = 1\nwith app.load_deadline(EventLog(pathlib.Path(sys.argv[1])), 0.3):\n    {loop}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == exit_code
+    assert "most recent call first" in done.stderr
+    told = list(tmp_path.glob("events.jsonl"))
+    assert (exit_code == 1) == (not told)
+    assert all("not loaded within 0.3 s" in file.read_text() for file in told)

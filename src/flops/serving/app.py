@@ -10,13 +10,16 @@ MLflow, Starlette, uvicorn and orjson.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import signal
 import socket
 import sys
+import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -40,6 +43,7 @@ from flops.actor import ActorContext, EventLog, log_failure, run_actor
 from flops.disclosure import Disclosure
 from flops.errors import ErrorCode, FlopsError
 
+LOAD_TIMEOUT_S = 600.0
 BODY_BYTES_MOST = 64 * 2**20
 _GRACE_S = 5
 _BACKLOG = 2048
@@ -297,6 +301,28 @@ def listen(host: str, port: int) -> socket.socket:
     raise AssertionError("the last candidate returns or raises")
 
 
+@contextmanager
+def load_deadline(events: EventLog, timeout_s: float) -> Iterator[None]:
+    """End this process with ``model_unloadable`` when what is within takes longer than `timeout_s`."""
+
+    def give_up() -> None:
+        error = FlopsError(ErrorCode.MODEL_UNLOADABLE, f"The model was not loaded within {timeout_s:g} s.")
+        events.tell("failed", error=error.to_dict())
+        faulthandler.dump_traceback()
+        os._exit(error.spec.exit_code)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    # Code that never lets another thread run is ended by a timer that needs no interpreter, without an event.
+    faulthandler.dump_traceback_later(timeout_s + _GRACE_S, exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
 def main(context: ActorContext, events: EventLog) -> None:
     """Load the model, listen, tell where, and serve until SIGTERM.
 
@@ -304,7 +330,8 @@ def main(context: ActorContext, events: EventLog) -> None:
         FlopsError: ``model_unloadable``, ``config_invalid``.
     """
     events.tell("progress", message="Loading the model.")
-    model = Model(Path(context.repo_dir), tells_why=context.disclosure != Disclosure.NONE)
+    with load_deadline(events, LOAD_TIMEOUT_S):
+        model = Model(Path(context.repo_dir), tells_why=context.disclosure != Disclosure.NONE)
     listener = listen(context.host, int(context.config.get("port", 8080)))
     host = f"[{context.host}]" if ":" in context.host else context.host
     address = f"{host}:{listener.getsockname()[1]}"

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 
 from flops.errors import ErrorCode, FlopsError
 
+PATIENCE_S = 1_800.0  # for user code that makes a model, or its export
+_END_PATIENCE_S = 5.0
 _TAIL_CHARACTERS = 2_000
 _KILLED = -9
 
@@ -62,19 +64,27 @@ class ModelProcess:
         """Whether it has ended with a failure."""
         return self._result.done() and self._result.exception() is not None
 
-    def wait(self) -> None:
-        """Wait for its end.
+    def wait(self, timeout_s: float = PATIENCE_S) -> None:
+        """Wait for its end; after `timeout_s` it is killed.
 
         Raises:
-            FlopsError: what the child told, or the code given when it told nothing.
+            FlopsError: what the child told, or the code given when it told nothing or did not end.
         """
-        self._result.result()
+        try:
+            self._result.result(timeout_s)
+        except TimeoutError as exc:
+            self.kill()
+            raise FlopsError(
+                self._code,
+                f"The process that {self._doing} did not end within {timeout_s:g} s, and was killed.",
+                hint="Look for an endless loop in the repository's code, or have it do less there.",
+            ) from exc
 
     def kill(self) -> None:
         """End it if it still runs."""
         with contextlib.suppress(OSError):
             self._process.kill()
-        self._thread.join()
+        self._thread.join(_END_PATIENCE_S)  # not for good: a process that it left may hold its output open
 
     def _watch(self) -> None:
         _, errors = self._process.communicate()

@@ -73,3 +73,10 @@ def test_a_child_can_be_ended() -> None:
     child = start("import time; time.sleep(60)")
     child.kill()
     assert child.has_failed
+
+
+def test_what_does_not_end_is_killed() -> None:
+    child = start("while True: pass")
+    with pytest.raises(FlopsError, match=r"that does it did not end within 0\.2 s") as caught:
+        child.wait(0.2)
+    assert caught.value.code is ErrorCode.MODEL_EXPORT_FAILED
