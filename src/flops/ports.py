@@ -108,8 +108,16 @@ class ProjectStore(Protocol):
         """The locked environment with this key, if one is known."""
         ...
 
+    def environments(self) -> list[Environment]:
+        """All locked environments that are known."""
+        ...
+
     def forget_environments(self) -> int:
         """Forget all locked environments; returns how many were known."""
+        ...
+
+    def forget_finished_effects(self, project_id: ProjectId) -> None:
+        """Remove the project's effects that are done; their keys may be stored again."""
         ...
 
     def put_mock_data(self, mock_data: MockData) -> None:
@@ -172,7 +180,14 @@ class ClusterStore(Protocol):
         ...
 
     def last_lines(self) -> dict[str, int]:
-        """Per service, the highest `line` among its ``actor`` events."""
+        """Per service that was not removed, the highest `line` among its ``actor`` events."""
+        ...
+
+    def forget_events(self, up_to: int, *, limit: int = 1000) -> int:
+        """Remove the oldest events with a `seq` of `up_to` or less, `limit` at most; returns how many.
+
+        Their keys are forgotten with them; `last_lines` and the growth of `seq` are not touched.
+        """
         ...
 
 
@@ -211,6 +226,10 @@ class Orchestrator(Protocol):
 
     def events(self, *, after: int) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""
+        ...
+
+    def forget_events(self, up_to: int) -> int:
+        """Remove the events with a `seq` of `up_to` or less, which nobody will ask for again."""
         ...
 
     def on_event(self, wake: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +73,40 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         SqlClusterStore(path)
     assert caught.value.code is ErrorCode.INTERNAL
     assert str(path) in caught.value.message
+
+
+def test_a_file_of_version_1_keeps_its_last_lines(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.sqlite"
+    store = SqlClusterStore(path)
+    for line in (1, 2):
+        store.append_event(event("actor", service_id="s1", line=line))
+    store.close()
+    connection = sqlite3.connect(path)
+    connection.executescript("DROP TABLE cluster_lines; UPDATE cluster_schema SET version = 1")
+    connection.close()
+
+    store = SqlClusterStore(path)
+    assert store.last_lines() == {"s1": 2}
+    assert store.forget_events(1_000) == 2
+    store.close()
+    store = SqlClusterStore(path)
+    assert store.last_lines() == {"s1": 2}
+    store.close()
+
+
+def test_the_file_of_a_log_that_is_forgotten_stops_growing(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.sqlite"
+    store = SqlClusterStore(path)
+
+    def live(rounds: int) -> int:
+        for _ in range(rounds):
+            for _ in range(40):
+                last = store.append_event(event("service"))
+            assert last is not None
+            assert store.forget_events(last.seq) == 40
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return int(connection.execute("PRAGMA page_count").fetchone()[0])
+
+    first = live(3)
+    assert live(10) == first
+    store.close()

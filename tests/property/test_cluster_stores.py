@@ -33,7 +33,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.nodes: dict[str, Node] = {}
         self.services: dict[str, Service] = {}
         self.events: list[ClusterEvent] = []
-        self.keys: set[str] = set()
+        self.keys: dict[str, int] = {}
+        self.lines: dict[str, int] = {}
+        self.last_seq = 0
 
     @rule(node=NODES)
     def put_node(self, node: Node) -> None:
@@ -54,6 +56,14 @@ class StoreMachine(RuleBasedStateMachine):
     def remove_service(self, service_id: str) -> None:
         self.store.remove_service(ServiceId(service_id))
         self.services.pop(service_id, None)
+        self.lines.pop(service_id, None)
+
+    @rule(up_to=st.integers(0, 20), limit=st.integers(1, 5))
+    def forget_events(self, up_to: int, limit: int) -> None:
+        gone = {e.seq for e in self.events[:limit] if e.seq <= up_to}
+        assert self.store.forget_events(up_to, limit=limit) == len(gone)
+        self.events = [e for e in self.events if e.seq not in gone]
+        self.keys = {key: seq for key, seq in self.keys.items() if seq not in gone}
 
     @rule(
         event=EVENTS,
@@ -70,10 +80,13 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert stored is not None
         assert stored == event.model_copy(update={"seq": stored.seq})
-        assert stored.seq > (self.events[-1].seq if self.events else 0)
+        assert stored.seq > self.last_seq
+        self.last_seq = stored.seq
         self.events.append(stored)
         if key is not None:
-            self.keys.add(key)
+            self.keys[key] = stored.seq
+        if event.kind == "actor":
+            self.lines[event.service_id] = max(event.line, self.lines.get(event.service_id, 0))
         if service is not None:
             self.services[service.spec.id] = service
         if node is not None:
@@ -88,11 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
     def is_as_the_model(self) -> None:
         assert self.store.nodes() == list(self.nodes.values())
         assert self.store.services() == list(self.services.values())
-        lines: dict[str, int] = {}
-        for told in self.events:
-            if told.kind == "actor":
-                lines[told.service_id] = max(told.line, lines.get(told.service_id, 0))
-        assert self.store.last_lines() == lines
+        assert self.store.last_lines() == self.lines
 
 
 class MemoryMachine(StoreMachine):

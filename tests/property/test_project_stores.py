@@ -115,6 +115,13 @@ class ProjectStoreMachine(RuleBasedStateMachine):
         self.mocks[name] = MockData(id=name, sla={}, rows=rows)
         self.store.put_mock_data(self.mocks[name])
 
+    @rule(name=PROJECTS)
+    def forget_finished_effects(self, name: str) -> None:
+        self.store.forget_finished_effects(ProjectId(name))
+        self.effects = {
+            k: (n, is_done) for k, (n, is_done) in self.effects.items() if n != name or not is_done
+        }
+
     @rule()
     def reset(self) -> None:
         self.store.reset()
@@ -132,6 +139,8 @@ class ProjectStoreMachine(RuleBasedStateMachine):
         assert pending == [key for key, (_name, is_done) in self.effects.items() if not is_done]
         assert self.store.cursor() == self.cursor
         assert self.store.list_mock_data() == list(reversed(self.mocks.values()))
+        by_key = {known.key: known for known in self.store.environments()}
+        assert by_key == self.environments
         for key in ("e1", "e2"):
             assert self.store.find_environment(EnvironmentKey(key)) == self.environments.get(key)
 

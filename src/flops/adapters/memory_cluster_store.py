@@ -16,7 +16,8 @@ class MemoryClusterStore:
         self._nodes: dict[str, Node] = {}
         self._services: dict[str, Service] = {}
         self._events: list[ClusterEvent] = []
-        self._dedup_keys: set[str] = set()
+        self._last_seq = 0
+        self._dedup_keys: dict[str, int] = {}  # key -> seq
         self._lines: dict[str, int] = {}
 
     def put_node(self, node: Node) -> None:
@@ -48,6 +49,7 @@ class MemoryClusterStore:
         """Forget a service."""
         with self._lock:
             self._services.pop(service_id, None)
+            self._lines.pop(service_id, None)
 
     def append_event(
         self,
@@ -61,9 +63,10 @@ class MemoryClusterStore:
         with self._lock:
             if dedup_key is not None and dedup_key in self._dedup_keys:
                 return None
+            self._last_seq += 1
             if dedup_key is not None:
-                self._dedup_keys.add(dedup_key)
-            stored = event.model_copy(update={"seq": len(self._events) + 1})
+                self._dedup_keys[dedup_key] = self._last_seq
+            stored = event.model_copy(update={"seq": self._last_seq})
             self._events.append(stored)
             if stored.kind == "actor":
                 self._lines[stored.service_id] = max(stored.line, self._lines.get(stored.service_id, 0))
@@ -76,9 +79,17 @@ class MemoryClusterStore:
     def events(self, *, after: int = 0, limit: int = 1000) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""
         with self._lock:
-            return self._events[max(0, after) :][:limit]
+            return [event for event in self._events if event.seq > after][:limit]
 
     def last_lines(self) -> dict[str, int]:
-        """Per service, the highest `line` among its ``actor`` events."""
+        """Per service that was not removed, the highest `line` among its ``actor`` events."""
         with self._lock:
             return dict(self._lines)
+
+    def forget_events(self, up_to: int, *, limit: int = 1000) -> int:
+        """Remove the oldest events with a `seq` of `up_to` or less, `limit` at most; returns how many."""
+        with self._lock:
+            gone = {event.seq for event in self._events[:limit] if event.seq <= up_to}
+            self._events = [event for event in self._events if event.seq not in gone]
+            self._dedup_keys = {key: seq for key, seq in self._dedup_keys.items() if seq not in gone}
+            return len(gone)

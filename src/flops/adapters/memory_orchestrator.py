@@ -30,6 +30,7 @@ class MemoryOrchestrator:
         self._nodes: dict[str, Node] = {}
         self._services: dict[ServiceId, Service] = {}
         self._events: list[ClusterEvent] = []
+        self._last_seq = 0
         self._lines: dict[str, int] = {}
         self._wakes: list[Callable[[], None]] = []
         self.logs: dict[str, str] = {}  # service id -> output, as its node would send it
@@ -82,6 +83,7 @@ class MemoryOrchestrator:
             if service_id in self._services:
                 self._take_in(service_id, ServiceState.STOPPED, "removed")
                 del self._services[service_id]
+                self._lines.pop(service_id, None)
         self._wake()
 
     def service_logs(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
@@ -103,7 +105,14 @@ class MemoryOrchestrator:
     def events(self, *, after: int) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""
         with self._lock:
-            return self._events[after:]
+            return [event for event in self._events if event.seq > after]
+
+    def forget_events(self, up_to: int) -> int:
+        """Remove the events with a `seq` of `up_to` or less."""
+        with self._lock:
+            before = len(self._events)
+            self._events = [event for event in self._events if event.seq > up_to]
+            return before - len(self._events)
 
     def on_event(self, wake: Callable[[], None]) -> None:
         """Have `wake` called after new events."""
@@ -197,9 +206,10 @@ class MemoryOrchestrator:
         node_id: str = "",
         line: int = 0,
     ) -> None:
+        self._last_seq += 1
         self._events.append(
             ClusterEvent(
-                seq=len(self._events) + 1,
+                seq=self._last_seq,
                 kind=kind,
                 time_s=self._clock.now_s(),
                 project_id=service.spec.project_id if service else "",

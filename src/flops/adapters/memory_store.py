@@ -110,12 +110,24 @@ class MemoryProjectStore:
         with self._lock:
             return self._environments.get(key)
 
+    def environments(self) -> list[Environment]:
+        """All locked environments that are known."""
+        with self._lock:
+            return list(self._environments.values())
+
     def forget_environments(self) -> int:
         """Forget all locked environments."""
         with self._lock:
             count = len(self._environments)
             self._environments.clear()
             return count
+
+    def forget_finished_effects(self, project_id: ProjectId) -> None:
+        """Remove the project's effects that are done."""
+        with self._lock:
+            gone = {key for key in self._done if self._effects[key].project_id == project_id}
+            self._done -= gone
+            self._effects = {key: effect for key, effect in self._effects.items() if key not in gone}
 
     def put_mock_data(self, mock_data: MockData) -> None:
         """Store a mock data provider's record."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -13,7 +13,7 @@ from flops.adapters.sql_engine import SqliteFile
 from flops.core.cluster import ClusterEvent, Node, Service
 from flops.core.ids import ServiceId
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class _Table(DeclarativeBase):
@@ -53,6 +53,14 @@ class _EventRow(_Table):
     service_id: Mapped[str]
     line: Mapped[int]
     document: Mapped[str]  # the event as JSON, its seq left at 0
+
+
+class _LineRow(_Table):
+    """The last line of a service's event log that was appended: kept when the events are forgotten."""
+
+    __tablename__ = "cluster_lines"
+    service_id: Mapped[str] = mapped_column(primary_key=True)
+    line: Mapped[int]
 
 
 class SqlClusterStore:
@@ -111,6 +119,7 @@ class SqlClusterStore:
         """Forget a service."""
         with self._file.transaction() as connection:
             connection.execute(delete(_ServiceRow).where(_ServiceRow.id == service_id))
+            connection.execute(delete(_LineRow).where(_LineRow.service_id == service_id))
 
     def append_event(
         self,
@@ -133,6 +142,8 @@ class SqlClusterStore:
             seq = connection.execute(statement.returning(_EventRow.seq)).scalar_one_or_none()
             if seq is None:
                 return None
+            if event.kind == "actor":
+                _put_line(connection, event.service_id, event.line)
             if service is not None:
                 _put(connection, _ServiceRow, service.spec.id, service.model_dump_json())
             if node is not None:
@@ -150,20 +161,43 @@ class SqlClusterStore:
             ]
 
     def last_lines(self) -> dict[str, int]:
-        """Per service, the highest `line` among its ``actor`` events."""
-        query = select(_EventRow.service_id, func.max(_EventRow.line)).where(_EventRow.kind == "actor")
+        """Per service that was not removed, the highest `line` among its ``actor`` events."""
         with self._file.transaction() as connection:
-            return {
-                service_id: line
-                for service_id, line in connection.execute(query.group_by(_EventRow.service_id))
-            }
+            return {row.service_id: row.line for row in connection.execute(select(_LineRow.__table__))}
+
+    def forget_events(self, up_to: int, *, limit: int = 1000) -> int:
+        """Remove the oldest events with a `seq` of `up_to` or less, `limit` at most; returns how many.
+
+        The file does not shrink: what comes next takes the freed pages.
+        """
+        oldest = select(_EventRow.seq).where(_EventRow.seq <= up_to).order_by(_EventRow.seq).limit(limit)
+        with self._file.transaction() as connection:
+            gone = delete(_EventRow).where(_EventRow.seq.in_(oldest.scalar_subquery()))
+            return connection.execute(gone).rowcount
 
     def _prepare(self, connection: Connection) -> None:
         _Table.metadata.create_all(connection)
         first = insert(_SchemaRow).values(id=1, version=SCHEMA_VERSION).on_conflict_do_nothing()
         connection.execute(first)
         version = connection.execute(select(_SchemaRow.version)).scalar_one()
+        if version == 1:
+            _read_lines_from_events(connection)
+            connection.execute(update(_SchemaRow).values(version=SCHEMA_VERSION))
+            version = SCHEMA_VERSION
         self._file.check_version(version, SCHEMA_VERSION)
+
+
+def _read_lines_from_events(connection: Connection) -> None:
+    """Version 1 had no table of lines: all events were there."""
+    query = select(_EventRow.service_id, func.max(_EventRow.line)).where(_EventRow.kind == "actor")
+    for service_id, line in connection.execute(query.group_by(_EventRow.service_id)).all():
+        _put_line(connection, service_id, line)
+
+
+def _put_line(connection: Connection, service_id: str, line: int) -> None:
+    statement = insert(_LineRow).values(service_id=service_id, line=line)
+    highest = func.max(_LineRow.line, statement.excluded.line)
+    connection.execute(statement.on_conflict_do_update(index_elements=["service_id"], set_={"line": highest}))
 
 
 def _put(connection: Connection, table: type[_NodeRow | _ServiceRow], key: str, document: str) -> None:

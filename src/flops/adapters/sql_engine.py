@@ -12,6 +12,14 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from flops.errors import ErrorCode, FlopsError
 
+_PRAGMAS = (
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    "busy_timeout=30000",
+    "journal_size_limit=8388608",  # a log that grew in a rush is cut back at the next checkpoint
+)
+
 
 class SqliteFile:
     """A database that survives a kill at any moment; safe to use from several threads.
@@ -33,7 +41,7 @@ class SqliteFile:
         @event.listens_for(self._engine, "connect")
         def _configure(connection: Any, _record: Any) -> None:
             cursor = connection.cursor()
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+            for pragma in _PRAGMAS:
                 cursor.execute(f"PRAGMA {pragma}")
             cursor.close()
 

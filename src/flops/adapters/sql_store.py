@@ -186,12 +186,23 @@ class SqlProjectStore:
         documents = self._documents(select(_EnvironmentRow.document).where(_EnvironmentRow.key == key))
         return Environment.model_validate_json(documents[0]) if documents else None
 
+    def environments(self) -> list[Environment]:
+        """All locked environments that are known."""
+        documents = self._documents(select(_EnvironmentRow.document))
+        return [Environment.model_validate_json(document) for document in documents]
+
     def forget_environments(self) -> int:
         """Forget all locked environments."""
         with self._file.transaction() as connection:
             count = connection.execute(select(func.count()).select_from(_EnvironmentRow)).scalar_one()
             connection.execute(delete(_EnvironmentRow))
             return count
+
+    def forget_finished_effects(self, project_id: ProjectId) -> None:
+        """Remove the project's effects that are done."""
+        is_gone = (_EffectRow.project_id == project_id) & _EffectRow.is_done.is_(True)
+        with self._file.transaction() as connection:
+            connection.execute(delete(_EffectRow).where(is_gone))
 
     def put_mock_data(self, mock_data: MockData) -> None:
         """Store a mock data provider's record."""

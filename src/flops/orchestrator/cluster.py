@@ -57,6 +57,7 @@ TICK_INTERVAL_S = 0.5  # how often `tick` is to be called
 _STALLED_AFTER_S = 3.0  # a longer pause between two ticks is ours, not the nodes' silence
 _MAX_TAIL_BYTES = 1_048_576
 _EVERYTHING = 2**31
+_FORGET_AT_ONCE = 500
 
 
 class NodeLink(Protocol):
@@ -194,6 +195,18 @@ class ClusterOrchestrator:
     def events(self, *, after: int) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""
         return self._store.events(after=after, limit=_EVERYTHING)
+
+    def forget_events(self, up_to: int) -> int:
+        """Remove the events with a `seq` of `up_to` or less, which nobody will ask for again.
+
+        In small steps, so that nodes which report meanwhile do not wait for the store. No line of an event
+        log is taken in twice for it: the last line of each is kept with its service.
+        """
+        count = gone = self._store.forget_events(up_to, limit=_FORGET_AT_ONCE)
+        while gone == _FORGET_AT_ONCE:
+            gone = self._store.forget_events(up_to, limit=_FORGET_AT_ONCE)
+            count += gone
+        return count
 
     def on_event(self, wake: Callable[[], None]) -> None:
         """Have `wake` called, from any thread, whenever there are new events."""

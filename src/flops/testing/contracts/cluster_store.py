@@ -119,6 +119,31 @@ class ClusterStoreContract:
         store.append_event(event("service", service_id="s3"))
         assert store.last_lines() == {"s1": 2, "s2": 1}
 
+    def test_forgotten_events_leave_lines_and_numbers(self, store: ClusterStore) -> None:
+        told = [
+            store.append_event(event("actor", service_id="s1", line=line), dedup_key=f"s1:{line}")
+            for line in (1, 2, 3)
+        ]
+        assert told[1] is not None
+        assert store.forget_events(told[1].seq, limit=1) == 1
+        assert store.forget_events(told[1].seq) == 1
+        assert store.forget_events(told[1].seq) == 0
+        assert store.events() == [told[2]]
+        assert store.last_lines() == {"s1": 3}
+        assert store.append_event(event(), dedup_key="s1:3") is None
+        newest = store.append_event(event())
+        assert told[2] is not None
+        assert newest is not None
+        assert store.forget_events(newest.seq) == 2
+        later = store.append_event(event())
+        assert later is not None
+        assert later.seq > newest.seq
+
+    def test_a_removed_service_has_no_last_line(self, store: ClusterStore) -> None:
+        store.append_event(event("actor", service_id="s1", line=1), service=service("s1"))
+        store.remove_service(ServiceId("s1"))
+        assert store.last_lines() == {}
+
     def test_several_threads_append_without_loss(self, store: ClusterStore) -> None:
         start = threading.Barrier(4)
 
