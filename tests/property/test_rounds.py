@@ -81,6 +81,20 @@ def test_a_phase_fails_at_once_only_when_its_code_or_answers_are_bad(
         assert len(found) - bad < needed
 
 
+@given(outcomes, st.integers(1, 8), st.integers(0, 4), st.integers(0, 4))
+def test_a_phase_ends_no_earlier_for_learners_at_work_or_away(
+    found: list[Outcome], needed: int, working: int, away: int
+) -> None:
+    verdict = judge(parts_of(found), needed=needed, working=working, away=away)
+    alone = judge(parts_of(found), needed=needed)
+    if alone is Verdict.GO_ON:
+        assert verdict is (Verdict.WAIT if working else Verdict.GO_ON)
+    if verdict is Verdict.FAIL:
+        assert alone is Verdict.FAIL
+    if working + away >= needed:
+        assert verdict is not Verdict.FAIL
+
+
 @given(outcomes, st.integers(1, 8))
 def test_every_failure_names_every_learner(found: list[Outcome], needed: int) -> None:
     error = failure_of("train", 4, parts_of(found), needed=needed, waited_s=9)

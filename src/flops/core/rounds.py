@@ -41,24 +41,26 @@ class Part(Value):
 class Verdict(StrEnum):
     """What to do with a phase of a round."""
 
-    GO_ON = "go_on"  # enough learners are done
-    WAIT = "wait"  # lost learners may come back, others may join
+    GO_ON = "go_on"  # enough learners are done, and nobody works on it any more
+    WAIT = "wait"  # learners are at work, lost ones may come back, others may join
     FAIL = "fail"  # waiting cannot help
 
 
-def judge(parts: Iterable[Part], *, needed: int) -> Verdict:
-    """Decide about a phase after the learners that were asked have answered or are gone.
+def judge(parts: Iterable[Part], *, needed: int, working: int = 0, away: int = 0) -> Verdict:
+    """Decide about a phase whenever a learner has answered or is gone.
 
     Args:
-        parts: the latest part of each learner that was asked.
+        parts: the latest part of each learner that has answered or is gone.
         needed: how many must be done.
+        working: how many are asked and have not answered yet.
+        away: how many others may come back and be asked.
     """
     outcomes = [part.outcome for part in parts]
     if outcomes.count(Outcome.DONE) >= needed:
-        return Verdict.GO_ON
+        return Verdict.WAIT if working else Verdict.GO_ON
     if any(outcome in {Outcome.USER_CODE, Outcome.REFUSED} for outcome in outcomes):
         usable = sum(outcome is Outcome.DONE or outcome.may_recover for outcome in outcomes)
-        if usable < needed:
+        if usable + working + away < needed:
             return Verdict.FAIL
     return Verdict.WAIT
 

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from flops.trainer.links import Instruction, LearnerServer, Link
+from flops.trainer.links import Instruction, LearnerServer, Link, Request
 from flops.wire.training import EVALUATE, TRAIN, Array, Encoded, Message, encode_arrays
 
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
@@ -30,6 +30,14 @@ _ERROR_CODE = 1
 _FOREVER_S = 7 * 86_400.0
 
 logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A learner's instruction that is on its way, or worked on."""
+
+    instruction: FlowerMessage
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,10 @@ class FlightGrid(Grid):
         """Set which types learners get their arrays in; strategies compute with floating point numbers."""
         self._dtypes = list(dtypes)
 
-    def exchange(self, messages: Iterable[FlowerMessage], timeout_s: float) -> list[Answer]:
-        """Ask the learners these messages are for; returns what came of each."""
-        instructions: dict[str, Instruction] = {}
-        asked: dict[str, tuple[Link, FlowerMessage]] = {}
+    def send(self, messages: Iterable[FlowerMessage]) -> list[Asked]:
+        """Ask the learners these messages are for."""
+        instructions: list[tuple[Link, Instruction]] = []
+        sent: list[FlowerMessage] = []
         encoded: dict[int, Encoded] = {}
         for number, message in enumerate(messages):
             link = self._present[message.metadata.dst_node_id]
@@ -81,13 +89,17 @@ class FlightGrid(Grid):
             header = {"round": config.get("server-round", 0), "config": config}
             _set_message_id(message, f"{link.learner}/{number}")
             kind = _KINDS[message.metadata.message_type]
-            instructions[link.learner] = Instruction(kind, header, encoded[id(record)])
-            asked[link.learner] = (link, message)
-        answers = self._server.ask(instructions, timeout_s)
+            instructions.append((link, Instruction(kind, header, encoded[id(record)])))
+            sent.append(message)
         return [
-            Answer(learner, link.node, message, *answers[learner])
-            for learner, (link, message) in asked.items()
+            Asked(message, request)
+            for message, request in zip(sent, self._server.send(instructions), strict=True)
         ]
+
+    def answer(self, asked: Asked) -> Answer:
+        """What came of asking; no reply and no reason when the learner still works on it."""
+        link = asked.request.link
+        return Answer(link.learner, link.node, asked.instruction, *self._server.take(asked.request))
 
     def _arrays_of(self, record: RecordDict) -> list[Array]:
         arrays = next(iter(record.array_records.values())).to_numpy_ndarrays()
@@ -137,8 +149,11 @@ class FlightGrid(Grid):
         self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
     ) -> Iterable[FlowerMessage]:
         """Ask the learners; replies that are errors or missing carry a Flower error."""
-        answers = self.exchange(messages, _FOREVER_S if timeout is None else timeout)
-        return [_flower_reply(answer) for answer in answers]
+        asked = self.send(messages)
+        self._server.wait_until(
+            lambda: all(one.request.is_settled for one in asked), _FOREVER_S if timeout is None else timeout
+        )
+        return [_flower_reply(self.answer(one)) for one in asked]
 
 
 def node_id_of(learner: str) -> int:

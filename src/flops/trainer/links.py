@@ -6,7 +6,7 @@ import contextlib
 import hmac
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,19 @@ class Link:
     left_because: str = ""
 
 
+@dataclass(frozen=True)
+class Request:
+    """An instruction on its way to one learner, over the connection it had then."""
+
+    link: Link
+    number: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is answered, or never will be; looked at under the server's condition."""
+        return not self.link.is_open or self.number in self.link.answers
+
+
 class LearnerServer:
     """Where learners join. All methods may be called from any thread.
 
@@ -81,6 +94,7 @@ class LearnerServer:
         self._changed = threading.Condition()  # re-entrant: conditions may call methods
         self._links: dict[str, Link] = {}
         self._refusals: dict[str, tuple[str, FlopsError]] = {}
+        self._known: set[str] = set()
         self._ids = itertools.count(1)
         self._is_over = False
         self._is_closing = False
@@ -119,35 +133,29 @@ class LearnerServer:
         with self._changed:
             self._changed.notify_all()
 
-    def ask(
-        self, instructions: Mapping[str, Instruction], timeout_s: float
-    ) -> dict[str, tuple[Message | None, str]]:
-        """Ask learners, and wait until each has answered or left, or the time is up.
-
-        Returns:
-            Per learner its answer, or None with the reason; the reason is empty when the time was up.
-        """
-        asked: dict[str, tuple[Link, int]] = {}
-        missing: dict[str, tuple[Message | None, str]] = {}
+    def away(self) -> set[str]:
+        """The learners that were joined and may come back."""
         with self._changed:
-            for name, instruction in instructions.items():
-                link = self._links.get(name)
-                if link is None:
-                    missing[name] = (None, "it is not joined")
-                    continue
-                number = next(self._ids)
-                link.asked, link.to_send = number, (number, instruction)
+            return self._known - set(self._links) - set(self._refusals)
+
+    def send(self, instructions: Iterable[tuple[Link, Instruction]]) -> list[Request]:
+        """Have learners sent their instructions; each is busy until it answers."""
+        requests = []
+        with self._changed:
+            for link, instruction in instructions:
+                request = Request(link, next(self._ids))
+                link.asked, link.to_send = request.number, (request.number, instruction)
                 link.answers.clear()
-                asked[name] = (link, number)
+                requests.append(request)
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: all(not link.is_open or number in link.answers for link, number in asked.values()),
-                timeout_s,
-            )
-            for name, (link, number) in asked.items():
-                answer = link.answers.pop(number, None)
-                missing[name] = (answer, link.left_because if answer is None and not link.is_open else "")
-        return missing
+        return requests
+
+    def take(self, request: Request) -> tuple[Message | None, str]:
+        """The answer to a request, or None with the reason; the reason is empty while it is not settled."""
+        with self._changed:
+            link = request.link
+            answer = link.answers.pop(request.number, None)
+            return answer, link.left_because if answer is None and not link.is_open else ""
 
     def stop(self, *, is_over: bool = True, grace_s: float = 2.0) -> None:
         """Stop listening.
@@ -211,6 +219,7 @@ class LearnerServer:
             if earlier is not None:
                 earlier.is_open, earlier.left_because = False, "it joined anew"
             self._links[link.learner] = link
+            self._known.add(link.learner)
             self._refusals.pop(link.learner, None)
             self._on_join(link)
             self._changed.notify_all()

@@ -13,7 +13,7 @@ from flwr.app import Message as FlowerMessage
 from flops.core.project import Participant, Round
 from flops.core.rounds import Outcome, Part, Verdict, describe_part, failure_of, judge
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.grid import ROWS, Answer, FlightGrid, reply_with
+from flops.trainer.grid import ROWS, Answer, Asked, FlightGrid, reply_with
 from flops.trainer.links import LearnerServer, Link
 from flops.trainer.strategy import RoundStrategy
 from flops.wire.services import AggregatorConfig
@@ -39,6 +39,11 @@ class _Phase:
     needed: int
     parts: dict[str, Part] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)  # usable ones
+
+    @property
+    def lacks_answers(self) -> bool:
+        """Whether more learners have to answer."""
+        return len(self.answers) < self.needed
 
     def may_ask(self, link: Link) -> bool:
         """Whether a learner is still to be asked: what fails by its code would fail again."""
@@ -120,23 +125,48 @@ class RoundRunner:
         """Ask, and ask those that come back or join, until enough have answered or waiting cannot help."""
         limit_s = self._config.round_timeout_s
         deadline = time.monotonic() + limit_s
+        asked: list[Asked] = []
         while True:
-            links = [link for link in self._server.idle() if phase.may_ask(link)]
-            if links:
-                self._grid.show(links)
-                for answer in self._grid.exchange(messages(), max(0.0, deadline - time.monotonic())):
-                    self._classify(phase, answer, problem)
+            asked += self._ask_idle(phase, messages)
+            self._await_news(phase, asked, deadline - time.monotonic())
+            is_late = time.monotonic() >= deadline
+            settled = [one for one in asked if is_late or one.request.is_settled]
+            asked = [one for one in asked if one not in settled]
+            for one in settled:
+                self._classify(phase, self._grid.answer(one), problem)
             parts = list(phase.parts.values())
-            verdict = judge(parts, needed=phase.needed)
-            remaining_s = deadline - time.monotonic()
+            verdict = self._judge(phase, asked)
             if verdict is Verdict.GO_ON:
                 self._report_left_out(phase)
                 return phase
-            if verdict is Verdict.FAIL or remaining_s <= 0:
+            if verdict is Verdict.FAIL or is_late:
                 raise failure_of(phase.name, phase.number, parts, needed=phase.needed, waited_s=limit_s)
-            self._server.wait_until(
-                lambda: any(phase.may_ask(link) for link in self._server.idle()), remaining_s
-            )
+
+    def _ask_idle(self, phase: _Phase, messages: Callable[[], list[FlowerMessage]]) -> list[Asked]:
+        """Ask whoever is idle, while too few are done: later on, who comes waits for the next round."""
+        links = self._server.idle() if phase.lacks_answers else []
+        links = [link for link in links if phase.may_ask(link)]
+        if not links:
+            return []
+        self._grid.show(links)
+        return self._grid.send(messages())
+
+    def _await_news(self, phase: _Phase, asked: Sequence[Asked], patience_s: float) -> None:
+        """Wait until a learner has answered or left, or another one can be asked."""
+        self._server.wait_until(
+            lambda: (
+                any(one.request.is_settled for one in asked)
+                or (phase.lacks_answers and any(phase.may_ask(link) for link in self._server.idle()))
+            ),
+            max(0.0, patience_s),
+        )
+
+    def _judge(self, phase: _Phase, asked: Sequence[Asked]) -> Verdict:
+        away = self._server.away() - set(phase.parts)
+        working = {one.request.link.learner for one in asked}
+        # A learner that left and is asked again counts as working, not as one that may recover.
+        parts = [part for part in phase.parts.values() if part.learner not in working]
+        return judge(parts, needed=phase.needed, working=len(working), away=len(away))
 
     def _classify(self, phase: _Phase, answer: Answer, problem: Callable[[Message], str | None]) -> None:
         error: dict[str, Any] | None = None

@@ -42,8 +42,11 @@ class Room:
         return learner
 
     def ask(self, *names: str, timeout_s: float = 10.0) -> dict[str, tuple[Message | None, str]]:
-        encoded = encode_arrays([np.arange(3.0)])
-        return self.server.ask({name: Instruction(TRAIN, {"round": 1}, encoded) for name in names}, timeout_s)
+        instruction = Instruction(TRAIN, {"round": 1}, encode_arrays([np.arange(3.0)]))
+        links = [link for link in self.server.joined() if link.learner in names]
+        requests = self.server.send([(link, instruction) for link in links])
+        self.server.wait_until(lambda: all(request.is_settled for request in requests), timeout_s)
+        return {request.link.learner: self.server.take(request) for request in requests}
 
 
 @pytest.fixture
@@ -111,8 +114,17 @@ def test_who_joins_anew_replaces_its_old_connection(room: Room) -> None:
     assert len(room.server.joined()) == 1
 
 
-def test_who_is_not_joined_cannot_be_asked(room: Room) -> None:
-    assert room.ask("nobody") == {"nobody": (None, "it is not joined")}
+def test_who_has_left_answers_nothing(room: Room) -> None:
+    learner = room.join("a")
+    (link,) = room.server.joined()
+    learner.close()
+    assert room.server.wait_until(lambda: not room.server.joined(), 10)
+    (request,) = room.server.send([(link, Instruction(TRAIN, {}, encode_arrays([])))])
+    assert request.is_settled
+    answer, reason = room.server.take(request)
+    assert answer is None
+    assert reason
+    assert room.server.away() == {"a"}
 
 
 def test_a_wrong_token_is_refused_before_anything_is_read(room: Room) -> None:
