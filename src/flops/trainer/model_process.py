@@ -21,6 +21,8 @@ _KILLED = -9
 class ModelProcess:
     """A child that does one thing and ends; its output goes on to the aggregator's.
 
+    A child that is killed is started again once: a kill from outside says nothing about the user's code.
+
     Args:
         argv: the command.
         env: the child's whole environment.
@@ -44,17 +46,10 @@ class ModelProcess:
         self._code = code
         self._reveal = reveal
         self._result: Future[None] = Future()
-        try:
-            self._process = subprocess.Popen(
-                argv,
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            )
-        except OSError as exc:
-            raise FlopsError(code, f"The process that {doing} cannot be started: {exc}.") from exc
+        self._argv, self._env = argv, dict(env)
+        self._lock = threading.Lock()
+        self._is_unwanted = False
+        self._process = self._start()
         self._result.add_done_callback(lambda _: on_end())
         self._thread = threading.Thread(target=self._watch, name="model-process", daemon=True)
         self._thread.start()
@@ -82,12 +77,28 @@ class ModelProcess:
 
     def kill(self) -> None:
         """End it if it still runs."""
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
+            self._is_unwanted = True
             self._process.kill()
         self._thread.join(_END_PATIENCE_S)  # not for good: a process that it left may hold its output open
 
+    def _start(self) -> subprocess.Popen[str]:
+        try:
+            return subprocess.Popen(
+                self._argv,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        except OSError as exc:
+            raise FlopsError(self._code, f"The process that {self._doing} cannot be started: {exc}.") from exc
+
     def _watch(self) -> None:
         _, errors = self._process.communicate()
+        if self._process.returncode == _KILLED and self._start_again():
+            _, errors = self._process.communicate()
         error = None if self._process.returncode == 0 else self._error_of(errors)
         told = errors.rstrip().rpartition("\n")[0] if error is not None else errors.rstrip()
         if told:
@@ -97,13 +108,27 @@ class ModelProcess:
         else:
             self._result.set_exception(error)
 
+    def _start_again(self) -> bool:
+        with self._lock:
+            if self._is_unwanted:
+                return False
+            sys.stderr.write(f"The process that {self._doing} was killed, and is started again.\n")
+            try:
+                self._process = self._start()
+            except FlopsError as exc:
+                sys.stderr.write(f"{exc}\n")
+                return False
+            return True
+
     def _error_of(self, errors: str) -> FlopsError:
         with contextlib.suppress(ValueError, AttributeError):
             return FlopsError.from_dict(json.loads(errors.rstrip().rpartition("\n")[2]))
         status = self._process.returncode
         code = ErrorCode.OUT_OF_MEMORY if status == _KILLED else self._code
         reason = (
-            "was killed, which is mostly for want of memory" if status == _KILLED else f"ended with {status}"
+            "was killed twice, which is mostly for want of memory"
+            if status == _KILLED
+            else f"ended with {status}"
         )
         error = FlopsError(
             code,

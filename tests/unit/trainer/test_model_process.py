@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_the_childs_own_error_is_told(capfd: pytest.CaptureFixture[str]) -> None
     ("program", "code", "message"),
     [
         ("raise KeyError('x')", ErrorCode.MODEL_EXPORT_FAILED, "that does it ended with"),
-        ("import os; os.kill(os.getpid(), 9)", ErrorCode.OUT_OF_MEMORY, "was killed"),
+        ("import os; os.kill(os.getpid(), 9)", ErrorCode.OUT_OF_MEMORY, "was killed twice"),
         ("import sys; sys.stderr.write('[1]\\n'); sys.exit(3)", ErrorCode.MODEL_EXPORT_FAILED, "ended with"),
     ],
 )
@@ -60,6 +61,17 @@ def test_an_end_without_a_word_is_told(program: str, code: ErrorCode, message: s
     assert caught.value.code is code
     assert message in caught.value.message
     assert "exit_code" in caught.value.details
+
+
+def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = start(
+        f"import os, pathlib; mark = pathlib.Path({str(mark)!r}); first = not mark.exists(); mark.touch()\n"
+        "if first: os.kill(os.getpid(), 9)"
+    )
+    child.wait()
+    child.kill()
+    assert not child.has_failed
 
 
 def test_a_program_that_is_not_there_is_told() -> None:
