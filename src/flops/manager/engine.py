@@ -289,17 +289,22 @@ class Engine:
             return True
         if exc.code is ErrorCode.PLACEMENT_IMPOSSIBLE:
             # Nodes reconnect within seconds after the control plane's restart or a break of the network, and
-            # their addons start within seconds.
+            # their addons start, or are started again after a kill, within seconds.
             is_first_look = effect.kind is EffectKind.DECIDE_PLACEMENT and effect.key not in self._recovered
             is_resolving = self._store.get(effect.project_id).stage is Stage.RESOLVING
-            if is_first_look and is_resolving and not self._is_a_node_starting():
+            if is_first_look and is_resolving and not self._is_a_node_about_to_return():
                 return False
             return waited_s < self._options.reconnect_grace_s
         return exc.code in _TRANSIENT and waited_s < self._options.retry_for_s
 
-    def _is_a_node_starting(self) -> bool:
-        nodes = self._orchestrator.nodes()
-        return any(a.state is AddonState.STARTING for n in nodes if n.is_connected for a in n.addons)
+    def _is_a_node_about_to_return(self) -> bool:
+        since_s = self._clock.now_s() - self._options.reconnect_grace_s
+        return any(
+            any(addon.state is not AddonState.HEALTHY for addon in node.addons)
+            if node.is_connected
+            else node.last_seen_s > since_s
+            for node in self._orchestrator.nodes()
+        )
 
     def _apply_safely(
         self, project_id: ProjectId, event: LifecycleEvent, *, cursor: int | None = None

@@ -197,11 +197,12 @@ def test_placement_waits_for_nodes_that_are_only_about_to_reconnect() -> None:
         cluster.wait_for_service(f"aggregator-{project.id}")
 
 
-def test_placement_waits_for_addons_that_are_starting() -> None:
+@pytest.mark.parametrize("state", [AddonState.STARTING, AddonState.UNHEALTHY])
+def test_placement_waits_for_addons_that_are_about_to_be_healthy(state: AddonState) -> None:
     with played_cluster() as cluster:
         for node in cluster.orchestrator.nodes():
-            starting = tuple(a.model_copy(update={"state": AddonState.STARTING}) for a in node.addons)
-            cluster.orchestrator.join(node.model_copy(update={"addons": starting}))
+            addons = tuple(a.model_copy(update={"state": state}) for a in node.addons)
+            cluster.orchestrator.join(node.model_copy(update={"addons": addons}))
         project = cluster.engine.submit(sla_with())
         cluster.wait(project.id, lambda p: p.repository is not None)
         cluster.join_two()
