@@ -274,3 +274,23 @@ def test_flops_commands_in_documents_exist(document: Path) -> None:
     for command in quoted:
         words = [word.rstrip(".,;:") for word in command.split()]
         assert tuple(words[:3]) in known or tuple(words[:2]) in known, f"{document.name}: `{command}`"
+
+
+# Reliability
+
+
+def test_every_fault_names_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", read("reliability.md"))
+    assert named
+    for path, test in named:
+        assert f"def {test}" in (ROOT / path).read_text(), f"{path} has no {test}"
+
+
+def test_every_fault_has_a_test() -> None:
+    faults = [
+        line
+        for line in read("reliability.md").splitlines()
+        if line.startswith("| ") and "| fault |" not in line
+    ]
+    assert faults
+    assert [line for line in faults if "`tests/" not in line] == []
