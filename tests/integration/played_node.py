@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flops.command import run_command
 from flops.core.project import Environment
 from flops.errors import ErrorCode, FlopsError
+from flops.settings import inherited_environment
 from flops.wiring.data import open_data_catalog
 from flops.wiring.node import NodeParts, run_node_daemon
 
@@ -35,7 +36,8 @@ class PlayedEnvironments:
         if lock.startswith("fail"):
             raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, "No such package.")
         if lock.startswith("slow"):
-            time.sleep(60)
+            # A build is a program that runs, and is ended when nobody needs it any more.
+            run_command(["sleep", "60"], environ=inherited_environment(), cwd=Path.home(), timeout_s=90)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "python"
         path.write_text(INTERPRETER.format(python=sys.executable))
