@@ -352,6 +352,20 @@ def test_a_service_can_be_stopped_while_it_is_prepared(joined: PlayedNode, clust
     joined.stop()
 
 
+def test_an_ended_service_gives_back_its_folder_and_keeps_its_output(
+    joined: PlayedNode, cluster: Cluster
+) -> None:
+    cluster.run("print('the last words')")
+    cluster.wait_for(ServiceState.COMPLETED)
+    (folder,) = joined.home.glob("services/*")
+    until(lambda: not (folder / "work").exists(), "the removal of its work")
+    assert "the last words" in cluster.orchestrator.service_logs(ServiceId("learner-p1-0"))
+    joined.kill()
+    joined.start()
+    until(cluster.is_connected)
+    assert cluster.status().state is ServiceState.COMPLETED
+
+
 def test_a_removed_service_leaves_nothing(joined: PlayedNode, cluster: Cluster) -> None:
     cluster.run(SLEEP)
     until(lambda: cluster.told() == ["up"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from flops.core.cluster import ClusterEvent
@@ -12,6 +13,7 @@ from flops.ports import Orchestrator, ProjectStore
 
 _log = logging.getLogger(__name__)
 
+_FORGET_EVERY_S = 60.0  # what was taken in is removed from the cluster's log
 _LOOK_AGAIN_S = 1.0  # although nobody woke us; also the pause while the store cannot be written
 
 
@@ -36,6 +38,7 @@ class EventPump:
         self._take_in = take_in
         self._wake = threading.Event()
         self._is_closed = False
+        self._forget_at_s = 0.0
         self._node_names: dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="event-pump", daemon=True)
 
@@ -77,6 +80,9 @@ class EventPump:
         finally:
             if seq > cursor:
                 self._store.move_cursor(seq)
+        if time.monotonic() >= self._forget_at_s:
+            self._forget_at_s = time.monotonic() + _FORGET_EVERY_S
+            self._orchestrator.forget_events(seq)
 
     def _hand_over(self, event: ClusterEvent) -> None:
         if not event.project_id:

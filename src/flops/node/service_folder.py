@@ -108,6 +108,10 @@ class ServiceFolder:
                 elif path != self.events:
                     path.unlink(missing_ok=True)
 
+    def remove_work(self) -> None:
+        """Remove what the service has written; what it was and how it ended stays."""
+        shutil.rmtree(self.work_dir, ignore_errors=True)
+
     def remove(self) -> None:
         """Remove the folder with everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)

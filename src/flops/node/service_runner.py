@@ -98,6 +98,11 @@ class ServiceRunner:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(max(0.0, deadline - time.monotonic()))  # it removes what it has half built
 
+    def free(self) -> None:
+        """Remove what the ended service worked with; nothing of it runs afterwards."""
+        self._runtime.stop(self.spec.id)
+        self.folder.remove_work()
+
     def remove(self) -> None:
         """End the service and remove everything of it."""
         self.stop("It was removed.", timeout_s=10.0)

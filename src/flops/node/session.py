@@ -150,7 +150,10 @@ class Session:
             del self._readers[service_id]
         for service_id, status in statuses.items():
             self._send_events(service_id, status)
-            self._send_change(service_id, self._as_told(status))
+            told = self._as_told(status)
+            self._send_change(service_id, told)
+            if told.state.is_final:
+                self._supervisor.free(service_id)
         now_s = time.monotonic()
         is_changed = (self._view.addons(), self._view.data_tags()) != self._told_addons
         if is_changed or now_s - self._heartbeat_at_s >= HEARTBEAT_INTERVAL_S:

@@ -44,6 +44,8 @@ class Supervisor:
         self._removals: dict[ServiceId, threading.Thread] = {}
         self._workers: set[threading.Thread] = set()
         self._usages: dict[ServiceId, tuple[float, ServiceUsage]] = {}
+        self._unwanted: set[ServiceId] = set()  # the cluster will not have them run again
+        self._freed: set[ServiceId] = set()
 
     def adopt(self) -> None:
         """Take over the services that an earlier daemon left: those that run are watched.
@@ -105,15 +107,35 @@ class Supervisor:
         """End a service; its files stay. An unknown or ended one is no error."""
         with self._lock:
             runner = self._runners.get(service_id)
+            if runner is not None:
+                self._unwanted.add(service_id)
             if runner is not None and not runner.status.state.is_final:
                 runner.ask_to_stop()
                 self._work(functools.partial(runner.stop, "It was asked to stop.", timeout_s=STOP_TIMEOUT_S))
+
+    def free(self, service_id: ServiceId) -> None:
+        """Give back what an ended service worked with, if it never runs again; its output and end stay.
+
+        To be called when the cluster has every event of it. A service that was ended with its node, not by
+        the cluster, goes on in its folder later.
+        """
+        with self._lock:
+            runner = self._runners.get(service_id)
+            if runner is None or service_id in self._freed:
+                return
+            state = runner.status.state
+            is_over = state in {ServiceState.COMPLETED, ServiceState.FAILED}
+            if is_over or (state is ServiceState.STOPPED and service_id in self._unwanted):
+                self._freed.add(service_id)
+                self._work(runner.free)
 
     def remove(self, service_id: ServiceId) -> None:
         """End a service and remove everything of it. An unknown one is no error."""
         with self._lock:
             runner = self._runners.pop(service_id, None)
             self._usages.pop(service_id, None)
+            self._unwanted.discard(service_id)
+            self._freed.discard(service_id)
             if runner is not None:
                 _log.info("%s is removed", service_id)
                 self._removals[service_id] = self._work(runner.remove)
