@@ -138,6 +138,12 @@ class PlayedNode:
             and "service_shim.py" in " ".join(process.info["cmdline"])
         ]
 
+    def files_of(self, service_id: str) -> list[str]:
+        """Files and folders with a service's id in their name; others may be vanishing meanwhile."""
+        return [
+            name for _, folders, files in os.walk(self.home) for name in folders + files if service_id in name
+        ]
+
     def close(self) -> None:
         for process in self._processes:
             process.kill()
@@ -371,7 +377,7 @@ def test_a_removed_service_leaves_nothing(joined: PlayedNode, cluster: Cluster) 
     until(lambda: cluster.told() == ["up"])
     cluster.orchestrator.remove_service(ServiceId("learner-p1-0"))
     until(lambda: not joined.shims())
-    until(lambda: not list(joined.home.rglob("*learner-p1-0*")), "removed files")
+    until(lambda: not joined.files_of("learner-p1-0"), "removed files")
 
 
 def test_a_service_that_was_removed_meanwhile_is_removed(joined: PlayedNode, cluster: Cluster) -> None:
@@ -381,7 +387,7 @@ def test_a_service_that_was_removed_meanwhile_is_removed(joined: PlayedNode, clu
     cluster.orchestrator.remove_service(ServiceId("learner-p1-0"))
     joined.start()
     until(lambda: not joined.shims())
-    until(lambda: not list(joined.home.rglob("*learner-p1-0*")), "removed files")
+    until(lambda: not joined.files_of("learner-p1-0"), "removed files")
 
 
 def test_a_second_daemon_does_not_start(joined: PlayedNode) -> None:
