@@ -34,6 +34,7 @@ class ErrorCode(StrEnum):
     FILE_UNREADABLE = "file_unreadable"
     CONFIG_CORRUPT = "config_corrupt"
     CONFIG_INVALID = "config_invalid"
+    UNHEALTHY = "unhealthy"
 
     # Projects and their SLA
     SLA_INVALID = "sla_invalid"
@@ -128,6 +129,7 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
         "Repair the file, or write the defaults with `NodeEngine config default`; nothing was changed.",
     ),
     ErrorCode.CONFIG_INVALID: ErrorSpec(400, 16, "Give one of the accepted values; nothing was changed."),
+    ErrorCode.UNHEALTHY: ErrorSpec(503, 17, "Do what stands beside each problem; docs/doctor.md has more."),
     ErrorCode.SLA_INVALID: ErrorSpec(
         422, 20, "Correct the named keys; docs/sla.md lists every key with its range."
     ),

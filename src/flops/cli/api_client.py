@@ -29,18 +29,19 @@ class ApiClient:
     Args:
         url: base URL of the manager.
         token_file: file with the admin token; it is read anew for each client.
+        silence_s: how long to wait for an answer.
 
     Raises:
         FlopsError: ``file_unreadable`` for the token, ``usage`` for the URL.
     """
 
-    def __init__(self, url: str, token_file: Path) -> None:
+    def __init__(self, url: str, token_file: Path, *, silence_s: float = _SILENCE_S) -> None:
         self.url = url.rstrip("/")
         host = _host_of(self.url)
         self._http = httpx.Client(
             base_url=f"{self.url}/api/flops",
             headers={"Authorization": f"Bearer {_read_token(token_file)}"},
-            timeout=httpx.Timeout(_SILENCE_S, connect=5.0),
+            timeout=httpx.Timeout(silence_s, connect=min(silence_s, 5.0)),
             trust_env=not _is_this_machine(host),  # a proxy of the environment cannot reach this machine
         )
 

@@ -13,6 +13,7 @@ import flops
 from flops.cli.cluster_commands import mock_data, model, node, tracking
 from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
+from flops.cli.doctor import doctor
 from flops.cli.output import (
     FormatOption,
     OutputFormat,
@@ -172,6 +173,7 @@ def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) 
     print_data(answer, output_format, show)
 
 
+app.command("doctor")(doctor)
 app.command("tracking")(tracking)
 app.command("t", hidden=True)(tracking)
 
