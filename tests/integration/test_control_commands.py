@@ -90,6 +90,24 @@ def test_down_ends_a_control_plane_that_does_not_listen_to_signals(home: Home) -
     assert not [pid for pid in family if psutil.pid_exists(pid)]
 
 
+def test_down_ends_the_frozen_mlflow_server_of_a_killed_control_plane(home: Home) -> None:
+    assert home.run("up", *FREE_PORTS).returncode == 0
+    control_plane = psutil.Process(int(str(home.endpoint()["pid"])))
+    (tracking,) = control_plane.children()
+    tracking.suspend()  # so that it does not notice the end of its parent
+    family = [tracking, *tracking.children(recursive=True)]
+    control_plane.kill()
+    control_plane.wait(timeout=10)
+    assert tracking.is_running()
+    down = home.run("down", "--format", "json")
+    assert down.returncode == 0, down.stderr
+    assert json.loads(down.stdout)["data"]["pid"] == tracking.pid
+    assert "left over" in down.stderr
+    psutil.wait_procs(family, timeout=5)
+    assert not [process for process in family if process.is_running()]
+    assert home.run("down").returncode == exit_code(ErrorCode.NOT_RUNNING)
+
+
 def test_the_foreground_ends_on_a_signal(home: Home) -> None:
     with subprocess.Popen(
         [FLOPS, "up", "--foreground", *FREE_PORTS],

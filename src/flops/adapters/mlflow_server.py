@@ -236,8 +236,8 @@ class MlflowServer:
             return ""
 
 
-def end_left_over(home: Path) -> bool:
-    """End the server that a killed control plane left in `home`; returns whether there was one.
+def end_left_over(home: Path) -> psutil.Process | None:
+    """End the server that a killed control plane left in `home`; returns its process, None if there is none.
 
     A process is only taken for it when it has the id and the start time that were written down.
     """
@@ -251,7 +251,7 @@ def end_left_over(home: Path) -> bool:
     if is_left_over:
         _end(process.pid)
     path.unlink(missing_ok=True)
-    return is_left_over
+    return process if is_left_over else None
 
 
 def _write_pid(home: Path, pid: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from flops.adapters.mlflow_server import end_left_over
 from flops.adapters.system_clock import SystemClock
 from flops.cli.output import say
 from flops.control.lifetime import ENDPOINT_FILE, LOCK_FILE, STARTUP_ERROR_FILE
@@ -25,6 +26,7 @@ from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.settings import ControlSettings, inherited_environment
 
 LOG_FILE = "control.log"
+TRACKING_FOLDER = "mlflow"  # as the control plane's wiring has it
 READY_WITHIN_S = 60.0
 ENDED_WITHIN_S = 30.0
 _POLL_S = 0.05
@@ -126,12 +128,18 @@ def run_in_foreground(
 def stop_control_plane(folder: Path) -> Ended:
     """End the control plane with its MLflow server, by force when it does not end by itself.
 
+    An MLflow server that a killed control plane left over is ended as well.
+
     Raises:
         FlopsError: ``not_running``; ``forbidden`` when it belongs to another user.
     """
     endpoint = read_endpoint(folder)
     pid = int(endpoint["pid"]) if endpoint is not None else _pid_holding(folder / LOCK_FILE)
     if pid is None:
+        orphan = _end_orphan(folder / TRACKING_FOLDER)
+        if orphan is not None:
+            (folder / ENDPOINT_FILE).unlink(missing_ok=True)
+            return orphan
         raise FlopsError(
             ErrorCode.NOT_RUNNING,
             f"No control plane runs with its state in {folder}.",
@@ -151,6 +159,19 @@ def stop_control_plane(folder: Path) -> Ended:
         ran_s, killed = 0.0, ()
     (folder / ENDPOINT_FILE).unlink(missing_ok=True)
     return Ended(endpoint or {}, pid, ran_s, killed)
+
+
+def _end_orphan(folder: Path) -> Ended | None:
+    """End the MLflow server that a killed control plane left over; None when there is none."""
+    now_s = SystemClock().now_s()
+    try:
+        orphan = end_left_over(folder)
+    except (OSError, psutil.AccessDenied):  # another user's: not ours to end
+        return None
+    if orphan is None:
+        return None
+    say("The control plane had been killed; its MLflow server was left over.")
+    return Ended({}, orphan.pid, now_s - orphan.create_time(), ())
 
 
 def _command(options: Sequence[str]) -> list[str]:
