@@ -104,6 +104,21 @@ def timestamp(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
+def now_s() -> float:
+    """Seconds since the epoch on this machine."""
+    return datetime.now(UTC).timestamp()
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: ``42 s``, ``3 min 5 s``, ``2 h 0 min``; clocks that disagree make it 0 s."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def print_error(error: FlopsError, output_format: OutputFormat) -> None:
     """Print an error: sentence, hint and details on stderr, and the envelope on stdout in JSON mode."""
     if output_format is OutputFormat.JSON:

@@ -79,8 +79,9 @@ def list_projects(output_format: FormatOption = OutputFormat.TABLE) -> None:
 
 @project.command("show")
 def show(project_id: ProjectIdArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
-    """Show what a project is doing, its rounds, services, history and failure."""
+    """Show what a project is doing, its rounds, learners, services, history and failure."""
     from flops.cli.project_view import show_project
+    from flops.core.learner_states import learner_standings
     from flops.wire.rest import NodeList, ServiceList
 
     with connected() as api:
@@ -88,10 +89,11 @@ def show(project_id: ProjectIdArgument, output_format: FormatOption = OutputForm
         history = api.history(project_id)
         services = [s for s in api.get("/services", ServiceList).services if s.spec.project_id == project_id]
         nodes = {node.id: node.name for node in api.get("/nodes", NodeList).nodes}
+    learners = learner_standings(found, services, history, nodes)
     print_data(
-        {"project": found, "services": services, "history": history},
+        {"project": found, "learners": learners, "services": services, "history": history},
         output_format,
-        lambda: show_project(found, services, history, {str(key): name for key, name in nodes.items()}),
+        lambda: show_project(found, learners, services, history, nodes),
     )
 
 

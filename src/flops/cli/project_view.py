@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from flops.cli.output import print_facts, print_line, print_table, say, timestamp
+from flops.cli.output import duration, now_s, print_facts, print_line, print_table, say, timestamp
 from flops.core.cluster import Service
+from flops.core.ids import NodeId
+from flops.core.learner_states import LearnerStanding, last_words
 from flops.core.project import Project, ProjectEvent, Round
+
+_WORDS_SHOWN = 10  # last lines of a service that ended unexpectedly
 
 
 def show_project(
-    project: Project, services: Sequence[Service], history: Sequence[ProjectEvent], nodes: dict[str, str]
+    project: Project,
+    learners: Sequence[LearnerStanding],
+    services: Sequence[Service],
+    history: Sequence[ProjectEvent],
+    nodes: Mapping[NodeId, str],
 ) -> None:
     """Print everything there is to know about a project.
 
     Args:
         project: the project.
+        learners: where its learners stand.
         services: its services.
         history: its events so far.
         nodes: node names by node id.
@@ -25,6 +34,12 @@ def show_project(
     if project.training is not None and project.training.history:
         print_line("\nRounds")
         show_rounds(project.training.history, project.training.best_round)
+    if learners:
+        print_line("\nLearners")
+        print_table(
+            ["service", "node", "rows", "state", "last reason"],
+            [_learner_row(learner) for learner in learners],
+        )
     if services:
         print_line("\nServices")
         print_table(
@@ -33,6 +48,7 @@ def show_project(
         )
     print_line("\nHistory")
     print_table(["time", "event"], [(timestamp(e.time_s), e.message) for e in history])
+    _show_last_words(history)
     if project.failure is not None and project.failure.details.get("traceback"):
         print_line("\nTraceback")
         print_line(str(project.failure.details["traceback"]).rstrip())
@@ -103,7 +119,36 @@ def metric(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _service_row(service: Service, nodes: dict[str, str]) -> tuple[object, ...]:
+def doing_since(project: Project) -> str:
+    """Since when the project does what it does, and for how long while it goes on; empty when unknown."""
+    if not project.doing or not project.doing_since_s:
+        return ""
+    since = timestamp(project.doing_since_s)
+    return since if project.stage.is_final else f"{since} ({duration(now_s() - project.doing_since_s)})"
+
+
+def _learner_row(learner: LearnerStanding) -> tuple[object, ...]:
+    reason = " ".join(learner.reason.split())
+    return (
+        learner.service,
+        learner.node,
+        "" if learner.rows is None else f"{learner.rows:,}",
+        learner.state,
+        f"{timestamp(learner.reason_at_s)} {reason}" if reason else "",
+    )
+
+
+def _show_last_words(history: Sequence[ProjectEvent]) -> None:
+    """What services printed before their last unexpected end."""
+    ended = {e.data.get("service"): e for e in history if e.kind in {"service_restarting", "service_failed"}}
+    for service, event in ended.items():
+        if lines := last_words(event).splitlines():
+            print_line(f"\nLast output of {service} before {timestamp(event.time_s)}")
+            for line in lines[-_WORDS_SHOWN:]:
+                print_line(f"  {line}")
+
+
+def _service_row(service: Service, nodes: Mapping[NodeId, str]) -> tuple[object, ...]:
     status = service.status
     usage = status.usage
     return (
@@ -124,6 +169,7 @@ def _show_facts(project: Project) -> None:
         ("Project", project.id),
         ("Stage", f"{project.stage}{since}"),
         ("Doing", project.doing),
+        ("Doing since", doing_since(project)),
         ("Created", timestamp(project.created_at_s)),
         ("Repository", f"{sla.ml_repo_url}{commit}"),
         ("Data tags", ", ".join(sla.training_configuration.data_tags)),

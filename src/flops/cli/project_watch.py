@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from flops.cli.output import hide_passwords, say
+from flops.cli.output import duration, hide_passwords, now_s, say
 from flops.cli.project_view import durations, metric
 from flops.core.project import Failure, Project, ProjectEvent, Stage, Training
 from flops.errors import ErrorCode, FlopsError
@@ -143,7 +143,7 @@ class LiveReport:
         self._spinner.update(text=Text.assemble((str(project.stage), "bold"), f"  {elapsed:.0f} s"))
         parts: list[RenderableType] = [
             self._spinner,
-            Text(hide_passwords(project.doing), style="dim"),
+            Text(hide_passwords(_doing(project)), style="dim"),
         ]
         if project.training is not None:
             parts.append(_progress(project.training))
@@ -155,6 +155,13 @@ class LiveReport:
         from rich.text import Text
 
         self.console.print(Text.assemble((when, "dim"), "  ", hide_passwords(sentence)), soft_wrap=True)
+
+
+def _doing(project: Project) -> str:
+    """What the project does, and for how long."""
+    if not project.doing_since_s or project.stage.is_final:
+        return project.doing
+    return f"{project.doing} ({duration(now_s() - project.doing_since_s)})"
 
 
 def _clock_time(seconds: float | None) -> str:

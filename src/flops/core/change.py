@@ -38,7 +38,9 @@ class Change:
         self._history: list[ProjectEvent] = []
 
     def set(self, **fields: Any) -> None:
-        """Change fields of the project."""
+        """Change fields of the project; a new `doing` begins now."""
+        if fields.get("doing", self.project.doing) != self.project.doing:
+            fields["doing_since_s"] = self._now_s
         self.project = self.project.model_copy(update=fields)
 
     def enter(self, stage: Stage, doing: str) -> None:

@@ -132,6 +132,7 @@ class Project(Value):
     sla: ProjectSla
     stage: Stage = Stage.SUBMITTED
     doing: str = ""  # what it does or waits for right now, one sentence
+    doing_since_s: float = 0.0  # when `doing` became what it is; 0 in records that did not keep it yet
     version: int = 0
     created_at_s: float = 0.0
     updated_at_s: float = 0.0

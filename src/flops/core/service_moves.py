@@ -145,6 +145,7 @@ def _restarting(change: Change, event: ServiceChanged) -> None:
         kind="service_restarting",
         service=event.service_id,
         node=event.node,
+        **({"failure": event.failure.model_dump(mode="json")} if event.failure is not None else {}),
     )
 
 

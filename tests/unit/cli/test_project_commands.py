@@ -226,7 +226,8 @@ def test_show_and_list(flops: Flops, manager: Manager, tmp_path: Path) -> None:
     for text in ("completed since", "3 *", "0.7300", "alpha (50 rows)", f"inference-{project_id}"):
         assert text in shown.out
     data = flops("project", "show", project_id, "--format", "json").data
-    assert set(data) == {"project", "services", "history"}
+    assert set(data) == {"project", "learners", "services", "history"}
+    assert {(learner["state"], learner["rows"]) for learner in data["learners"]} == {("ended", 50)}
     assert data["history"][0]["seq"] == 1
     listed = flops("project", "list")
     assert listed.out.splitlines()[0].split() == [
@@ -236,6 +237,32 @@ def test_show_and_list(flops: Flops, manager: Manager, tmp_path: Path) -> None:
     models = flops("model", "list", "--format", "json").data
     assert models[0]["project_id"] == project_id
     assert project_id in flops("model", "list").out
+
+
+def test_show_says_since_when_and_why_a_learner_restarts(
+    flops: Flops, manager: Manager, tmp_path: Path
+) -> None:
+    project_id = submit(flops, tmp_path)
+    cluster = manager.cluster
+    cluster.wait(project_id, lambda p: p.placement is not None)
+    cluster.build(project_id)
+    cluster.listen(project_id)
+    learner = cluster.join_learners(project_id)[0]
+    cluster.wait(project_id, lambda p: p.training is not None and len(p.training.learners) == 2)
+    error = FlopsError(ErrorCode.SERVICE_FAILED, "It crashed.", details={"output": "loads data\nSegfault!"})
+    cluster.orchestrator.report(learner, ServiceState.RESTARTING, exit_code=-11, error=error.to_dict())
+    cluster.wait(
+        project_id, lambda p: any("exit code -11" in e.message for e in cluster.engine.history(p.id))
+    )
+    data = flops("project", "show", project_id, "--format", "json").data
+    assert [item["state"] for item in data["learners"]] == ["restarting", "joined"]
+    assert data["learners"][0]["reason"] == "It crashed. Its last line: Segfault!"
+    assert data["project"]["doing_since_s"] > 0
+    restarting = next(event for event in data["history"] if event["kind"] == "service_restarting")
+    assert restarting["data"]["failure"]["details"]["output"] == "loads data\nSegfault!"
+    shown = flops("project", "show", project_id).out
+    for text in ("Doing since", "Learners", f"Last output of {learner}", "  loads data\n  Segfault!"):
+        assert text in shown
 
 
 def test_logs_of_all_services_of_a_kind_and_of_one(flops: Flops, manager: Manager, tmp_path: Path) -> None:
