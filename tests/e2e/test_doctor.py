@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from flops.adapters.node_link import dial_cluster
-from flops.core.cluster import NodeFacts
+from flops.core.cluster import Addon, AddonState, NodeFacts
 from flops.errors import CATALOGUE, ErrorCode
-from flops.testing.deployment import Deployment, deployed
+from flops.testing.deployment import Deployment, deployed, free_ports
 from flops.testing.waiting import until
 from flops.wire.node import Hello
 
@@ -45,6 +45,13 @@ def examine(deployment: Deployment, *options: str) -> tuple[int, list[dict[str, 
     result = deployment.flops(*options, "doctor", "--format", "json", exit_code=None)
     assert "Traceback" not in result.stderr
     assert time.monotonic() - began_s < 15
+    findings: list[dict[str, Any]] = json.loads(result.stdout)["data"]["findings"]
+    return result.returncode, findings
+
+
+def examine_node(deployment: Deployment, name: str = "node-1") -> tuple[int, list[dict[str, Any]]]:
+    result = deployment.node(name, "doctor", "--format", "json", exit_code=None)
+    assert "Traceback" not in result.stderr
     findings: list[dict[str, Any]] = json.loads(result.stdout)["data"]["findings"]
     return result.returncode, findings
 
@@ -89,6 +96,11 @@ def test_a_healthy_deployment_has_no_problem(deployment: Deployment) -> None:
         assert len(of(findings, check, "ok")) == count, check
     assert of(findings, "data server", "ok")
     assert of(findings, "encryption", "info")
+    code, own = examine_node(deployment)
+    assert (code, [f for f in own if f["severity"] == "problem"]) == (0, [])
+    for check in ("configuration", "daemon", "cluster", "data server", "disk", "clock"):
+        assert len(of(own, check, "ok")) == 1, check
+    assert deployment.node("node-1", "status").stdout.startswith("NodeEngine: 🟢 running since")
     table = deployment.flops("doctor")
     assert "what to do" in table.stdout.splitlines()[0]
     assert "no problems" in table.stderr
@@ -111,6 +123,9 @@ def test_a_node_that_stands_still_is_listed_as_sick_within_ten_seconds(deploymen
         assert time.monotonic() - began_s < 11  # ten, and the time of the command
         code, findings = examine(deployment)
         assert (code, len(of(findings, "connection", "problem"))) == (UNHEALTHY, 1)
+        code, own = examine_node(deployment)
+        assert (code, [f["check"] for f in own if f["severity"] == "problem"]) == (UNHEALTHY, ["daemon"])
+        assert "🔴 running since" in deployment.node("node-1", "status").stdout
     deployment.wait_for_nodes(1)
     until(lambda: health(deployment)["severity"] in {"ok", "info"}, "healthy again", timeout_s=30)
 
@@ -136,6 +151,30 @@ def test_a_clock_that_is_an_hour_ahead_is_named(deployment: Deployment) -> None:
         assert "NTP" in finding["advice"]
     finally:
         link.close()
+
+
+def test_an_address_that_nobody_reaches_and_a_data_server_that_is_not_there(deployment: Deployment) -> None:
+    (free,) = free_ports(1)
+    dead = Addon(name=LEARNER, state=AddonState.HEALTHY, port=free)
+    links = []
+    try:
+        for name, address in (("far", "224.0.0.1"), ("near", "127.0.0.1")):
+            links.append(dial_cluster(f"127.0.0.1:{deployment.cluster_port}"))
+            facts = NodeFacts(address=address)
+            links[-1].send(Hello(node_id=name, name=name, facts=facts, addons=(dead,)))
+        until(lambda: all(link.receive(0.1) is not None for link in links), "welcomes")
+        code, findings = examine(deployment)
+    finally:
+        for link in links:
+            link.close()
+    assert code == UNHEALTHY
+    (far,) = of(findings, "address", "problem")
+    assert (far["where"], "224.0.0.1" in far["what"]) == ("far", True)
+    assert "firewall" in far["advice"]
+    (near,) = of(findings, "data server", "problem")
+    assert (near["where"], str(free) in near["what"]) == ("near", True)
+    (listens,) = of(findings, "encryption", "warning")
+    assert "node far (224.0.0.1)" in listens["what"]
 
 
 def test_a_token_that_others_may_read_is_a_problem(deployment: Deployment) -> None:
@@ -227,3 +266,16 @@ def test_without_a_control_plane_a_stranger_on_a_port_is_named(tmp_path: Path) -
     assert "--manager-port" in found["advice"]
     (down,) = of(findings, "control plane", "problem")
     assert "flops up" in down["advice"]
+
+
+def test_a_node_that_does_not_run_says_so_and_whether_its_cluster_answers(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path)
+    deployment.node("node-1", "config", "cluster", "127.0.0.1", "-p", str(deployment.cluster_port))
+    code, findings = examine_node(deployment)
+    assert code == UNHEALTHY
+    assert {f["check"] for f in findings if f["severity"] == "problem"} == {"daemon", "cluster"}
+    (tmp_path / "node-1" / "conf.json").write_text("{")
+    code, findings = examine_node(deployment)
+    assert code == UNHEALTHY
+    assert "not valid JSON" in of(findings, "configuration", "problem")[0]["what"]
+    assert "config default" in of(findings, "configuration", "problem")[0]["advice"]

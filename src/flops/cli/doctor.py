@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import platform
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import flops
 from flops.cli.connection import client_settings
 from flops.cli.output import FormatOption, OutputFormat
 
@@ -19,7 +21,7 @@ def doctor(
     """Check the control plane, its machine and the nodes, and say what to do about each finding."""
     from flops.cli import doctor_machine as machine
     from flops.cli.doctor_cluster import Asked, checks_of_cluster, examine_manager
-    from flops.cli.examination import Check, examine_disk, run_checks, tell_findings
+    from flops.cli.examination import HERE, Check, examine_disk, fine, run_checks, tell_findings
     from flops.settings import ControlSettings
 
     settings = client_settings(home)
@@ -29,6 +31,9 @@ def doctor(
     checks: dict[str, Check] = {
         "control plane": functools.partial(examine_manager, settings, asked),
         "tools": functools.partial(machine.examine_tools, is_local),
+        "versions": lambda: [
+            fine("versions", HERE, f"FLOps {flops.__version__}, Python {platform.python_version()}.")
+        ],
     }
     if is_local:
         checks |= {

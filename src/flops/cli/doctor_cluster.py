@@ -98,7 +98,9 @@ def checks_of_cluster(asked: Asked, *, is_local: bool) -> dict[str, Check]:
     }
     for node in asked.nodes:
         if node.is_connected:
-            checks[f"address {node.id}"] = functools.partial(_examine_address, node, is_local=is_local)
+            checks[f"address of {node.name} ({node.id})"] = functools.partial(
+                _examine_address, node, is_local=is_local
+            )
     return checks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import socket
 import stat
@@ -167,16 +166,15 @@ def examine_clock(control: Path) -> Iterator[Finding]:
 
 
 def examine_tools(is_needed: bool) -> Iterator[Finding]:
-    """Python, git and uv; `is_needed` where the control plane runs, which reads repositories by git."""
+    """git and uv; `is_needed` where the control plane or a builder runs, which read repositories by git."""
     import uv
 
-    yield fine("versions", HERE, f"Python {platform.python_version()}.")
     git = shutil.which("git")
     if git is not None:
         yield fine("tools", HERE, f"git is {git}.")
     elif is_needed:
         what = "git cannot be found: no project's repository can be read."
-        yield problem("tools", HERE, what, "Install git, and start the control plane anew.")
+        yield problem("tools", HERE, what, "Install git.")
     else:
         yield known(
             "tools", HERE, "git cannot be found; only the control plane's machine and builders need it."

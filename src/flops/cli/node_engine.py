@@ -160,6 +160,15 @@ def status(context: typer.Context, output_format: FormatOption = OutputFormat.TA
 
 
 @app.command()
+def doctor(context: typer.Context, output_format: FormatOption = OutputFormat.TABLE) -> None:
+    """Check this node, its machine and its way to the cluster, and say what to do about each finding."""
+    from flops.cli.examination import run_checks, tell_findings
+    from flops.cli.node_doctor import node_checks
+
+    tell_findings(run_checks(node_checks(paths_of(context))), output_format)
+
+
+@app.command()
 def stop(context: typer.Context) -> None:
     """Stop the NodeEngine with its addons and the services that run on this node."""
     from flops.cli.node_process import stop_daemon

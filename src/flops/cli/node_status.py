@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from flops.cli.findings import SYMBOLS, health_line
 from flops.cli.output import print_facts, print_line
 
 if TYPE_CHECKING:
+    from flops.core.health import Health
     from flops.node.configuration import NodeConfiguration
     from flops.node.paths import NodePaths
     from flops.node.report import NodeReport
 
-_STALE_AFTER_S = 10.0
 _SYMBOLS = {"healthy": "🟢", "starting": "🟡", "unhealthy": "🔴"}
 
 
@@ -29,6 +29,7 @@ def status_data(
         "configured_cluster": conf.cluster,
         "configured_addons": conf.addons,
         "configured_disclosure": conf.disclosure.value,
+        "health": _health(paths, conf, report, pid).model_dump(mode="json"),
         "node": None if report is None else report.model_dump(mode="json"),
     }
 
@@ -46,10 +47,12 @@ def show_status(
         print_facts(facts)
         _show_configured_addons(conf)
         return
-    print_line(f"NodeEngine: 🟢 running since {_time(report.started_at_s)} (process {report.pid})")
-    age_s = time.time() - report.written_at_s  # noqa: TID251 (compared with the time in the file)
+    health = _health(paths, conf, report, pid)
+    symbol = SYMBOLS[health.severity.value]
+    print_line(f"NodeEngine: {symbol} running since {_time(report.started_at_s)} (process {report.pid})")
     print_facts(
         [
+            ("health", health_line(health) if health.reason else ""),
             ("node", f"{report.name} ({report.node_id})"),
             ("version", report.version),
             ("cluster", _cluster(report)),
@@ -58,12 +61,18 @@ def show_status(
             ("disclosure", f"{report.disclosure} ({report.disclosure.meaning})"),
             ("home", paths.home),
             ("log", paths.log),
-            ("attention", f"this is {age_s:.0f} s old" if age_s > _STALE_AFTER_S else ""),
         ]
     )
     _show_addons(conf, report)
     _show_services(report)
     _show_tags(report)
+
+
+def _health(paths: NodePaths, conf: NodeConfiguration, report: NodeReport | None, pid: int | None) -> Health:
+    from flops.cli.node_doctor import node_findings
+    from flops.core.health import health_of
+
+    return health_of(list(node_findings(paths, conf, report, pid)))
 
 
 def _cluster(report: NodeReport) -> str:
