@@ -387,3 +387,22 @@ def test_an_environment_whose_python_is_gone_is_built_anew(site: Site) -> None:
     python.unlink()
     python.symlink_to("/nowhere/python")
     assert environments.materialise(lock, ignore).exists()
+
+
+def test_a_version_that_the_index_does_not_list_for_a_moment_is_asked_for_again(site: Site) -> None:
+    for version in ("0.9", "1"):
+        make_wheel(site.wheels, "tool", version)
+    (lock, _, _) = site.environments().lock(site.repository("tool\n"), "sklearn", ignore)
+    hidden = [path.rename(site.folder / path.name) for path in site.wheels.glob("tool-1-*")]
+    told: list[str] = []
+
+    def report(message: str) -> None:
+        told.append(message)
+        if "trying again" in message:
+            for path in hidden:
+                if path.exists():
+                    path.rename(site.wheels / path.name)
+
+    python = site.environments().materialise(lock, report)
+    assert python.exists()
+    assert any("trying again" in message for message in told)

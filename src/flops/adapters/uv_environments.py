@@ -56,6 +56,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 _OLDEST = ".".join(map(str, OLDEST_PYTHON))
 _HEADER = re.compile(r"# python (?P<python>\d+\.\d+)\n(?:# imports (?P<imports>.*)\n)?")
+# Servers of one index differ for a while after a release: a version that one has just told is not there yet
+# on the next one.
+_NOT_LISTED = re.compile(r"there is no version of", re.IGNORECASE)
+_MORE_TRIES, _INDEX_PAUSE_S = 5, 3.0
 _FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceeded", re.IGNORECASE)
 _NO_INDEX = re.compile(
     r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
@@ -213,9 +217,19 @@ class UvEnvironments:
                 ["venv", "--python", str(python), "--no-project", str(folder)],
                 ["pip", "sync", "--require-hashes", "--python", str(folder / "bin" / "python"), str(file)],
             ]
-            for step in steps:
-                done = self._run_uv(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
-                if done.exit_code != 0:
+            tries = len(steps) + _MORE_TRIES
+            while steps:
+                done = self._run_uv(steps[0], Path(scratch), self._build_timeout_s, watch, [descriptor])
+                tries -= 1
+                if done.exit_code == 0:
+                    steps.pop(0)
+                elif _NOT_LISTED.search(done.errors) and tries >= len(steps):
+                    report("The package index does not list a locked version right now; trying again.")
+                    time.sleep(_INDEX_PAUSE_S)
+                    stop_if_needless()
+                    if "--refresh" not in steps[0]:
+                        steps[0].append("--refresh")
+                else:
                     raise _tool_error(done, f"The environment {folder} cannot be built")
 
     def _warm_up(self, folder: Path, names: Sequence[str], report: Report, descriptor: int) -> None:
