@@ -21,7 +21,8 @@ def doctor(
     """Check the control plane, its machine and the nodes, and say what to do about each finding."""
     from flops.cli import doctor_machine as machine
     from flops.cli.doctor_cluster import Asked, checks_of_cluster, examine_manager
-    from flops.cli.examination import HERE, Check, examine_disk, fine, run_checks, tell_findings
+    from flops.cli.examination import HERE, Check, examine_disk, run_checks, tell_findings
+    from flops.core.health import fine
     from flops.settings import ControlSettings
 
     settings = client_settings(home)

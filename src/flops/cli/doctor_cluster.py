@@ -13,19 +13,9 @@ import flops
 from flops.adapters.system_clock import SystemClock
 from flops.cli.api_client import ApiClient
 from flops.cli.control import LOG_FILE, read_endpoint
-from flops.cli.examination import (
-    HERE,
-    WAIT_S,
-    Check,
-    fine,
-    is_answering,
-    known,
-    problem,
-    skew_against,
-    warning,
-)
+from flops.cli.examination import HERE, WAIT_S, Check, is_answering, skew_against
 from flops.control.lifetime import ADMIN_TOKEN_FILE, ENDPOINT_FILE, STARTUP_ERROR_FILE
-from flops.core.health import clock_findings, is_loopback, version_findings
+from flops.core.health import clock_findings, fine, is_loopback, known, problem, version_findings, warning
 from flops.errors import FlopsError
 from flops.wire.rest import ControlStatus, NodeList
 

@@ -15,8 +15,9 @@ import psutil
 from flops.adapters.sqlite_file import check_sqlite_file
 from flops.adapters.system_clock import SystemClock
 from flops.cli.control import LOG_FILE, read_endpoint
-from flops.cli.examination import HERE, WAIT_S, fine, known, problem, warning
+from flops.cli.examination import HERE, WAIT_S
 from flops.control.lifetime import ADMIN_TOKEN_FILE, ENDPOINT_FILE
+from flops.core.health import fine, known, problem, warning
 from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:

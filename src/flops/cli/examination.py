@@ -16,7 +16,7 @@ import typer
 from flops.adapters.system_clock import SystemClock
 from flops.cli.findings import show_findings
 from flops.cli.output import OutputFormat, print_data, say
-from flops.core.health import Finding, Severity, disk_findings, health_of
+from flops.core.health import Finding, Severity, disk_findings, fine, health_of, problem
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 
 Check = Callable[[], Iterable[Finding]]
@@ -24,26 +24,6 @@ Check = Callable[[], Iterable[Finding]]
 LIMIT_S = 3.0  # for a check; what it waits for inside has to end a little sooner
 WAIT_S = 2.5
 HERE = "this machine"
-
-
-def fine(check: str, where: str, what: str) -> Finding:
-    """A finding that nothing is wrong."""
-    return Finding(severity=Severity.OK, check=check, where=where, what=what)
-
-
-def known(check: str, where: str, what: str) -> Finding:
-    """A finding that is worth knowing."""
-    return Finding(severity=Severity.INFO, check=check, where=where, what=what)
-
-
-def warning(check: str, where: str, what: str, advice: str) -> Finding:
-    """A finding that needs a look."""
-    return Finding(severity=Severity.WARNING, check=check, where=where, what=what, advice=advice)
-
-
-def problem(check: str, where: str, what: str, advice: str) -> Finding:
-    """A finding that has to be mended."""
-    return Finding(severity=Severity.PROBLEM, check=check, where=where, what=what, advice=advice)
 
 
 def run_checks(checks: Mapping[str, Check], *, limit_s: float = LIMIT_S) -> list[Finding]:

@@ -12,17 +12,7 @@ from flops import __version__
 from flops.adapters.host_facts import LocalHost
 from flops.adapters.node_link import client_tls, dial_cluster
 from flops.adapters.system_clock import SystemClock
-from flops.cli.examination import (
-    HERE,
-    WAIT_S,
-    Check,
-    examine_disk,
-    fine,
-    is_answering,
-    known,
-    problem,
-    skew_against,
-)
+from flops.cli.examination import HERE, WAIT_S, Check, examine_disk, is_answering, skew_against
 from flops.cli.node_config import load_configuration
 from flops.cli.node_process import running_report
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON
@@ -31,8 +21,11 @@ from flops.core.health import (
     Finding,
     addon_findings,
     clock_findings,
+    fine,
+    known,
     limit_findings,
     load_findings,
+    problem,
     service_findings,
     version_findings,
 )

@@ -66,6 +66,26 @@ class Finding(Value):
     advice: str = ""
 
 
+def fine(check: str, where: str, what: str) -> Finding:
+    """A finding that nothing is wrong."""
+    return Finding(severity=Severity.OK, check=check, where=where, what=what)
+
+
+def known(check: str, where: str, what: str, advice: str = "") -> Finding:
+    """A finding that is worth knowing."""
+    return Finding(severity=Severity.INFO, check=check, where=where, what=what, advice=advice)
+
+
+def warning(check: str, where: str, what: str, advice: str = "") -> Finding:
+    """A finding that needs a look."""
+    return Finding(severity=Severity.WARNING, check=check, where=where, what=what, advice=advice)
+
+
+def problem(check: str, where: str, what: str, advice: str) -> Finding:
+    """A finding that has to be mended."""
+    return Finding(severity=Severity.PROBLEM, check=check, where=where, what=what, advice=advice)
+
+
 class Health(Value):
     """How something is: its findings, worst first, and the severity of the worst."""
 
@@ -129,31 +149,16 @@ def _link_findings(node: Node, now_s: float) -> Iterator[Finding]:
     since = f" {ago(silence_s)} ago" if silence_s else ""
     if not node.is_connected and node.has_said_goodbye:
         what = f"It is not connected: its NodeEngine was stopped{since}."
-        yield Finding(
-            severity=Severity.WARNING,
-            check="connection",
-            where=node.name,
-            what=what,
-            advice="`NodeEngine -d` on its machine starts it again.",
-        )
+        yield warning("connection", node.name, what, "`NodeEngine -d` on its machine starts it again.")
     elif not node.is_connected:
         heard = f": it was last heard{since}" if since else ""
-        yield Finding(
-            severity=Severity.PROBLEM,
-            check="connection",
-            where=node.name,
-            what=f"It is not connected{heard}.",
-            advice=f"Run `NodeEngine status` and `NodeEngine doctor` on its machine ({node.facts.hostname}).",
-        )
+        advice = f"Run `NodeEngine status` and `NodeEngine doctor` on its machine ({node.facts.hostname})."
+        yield problem("connection", node.name, f"It is not connected{heard}.", advice)
     elif silence_s > SILENT_AFTER_S:
-        yield Finding(
-            severity=Severity.WARNING,
-            check="connection",
-            where=node.name,
-            what=f"Nothing was heard of it for {silence_s:.0f} s, though it tells every"
-            f" {HEARTBEAT_INTERVAL_S:g} s.",
-            advice="It counts as gone soon. Look whether its machine is overloaded, and at its network.",
-        )
+        silence = f"Nothing was heard of it for {silence_s:.0f} s"
+        what = f"{silence}, though it tells every {HEARTBEAT_INTERVAL_S:g} s."
+        advice = "It counts as gone soon. Look whether its machine is overloaded, and at its network."
+        yield warning("connection", node.name, what, advice)
 
 
 def addon_findings(addons: Sequence[Addon], where: str) -> Iterator[Finding]:
@@ -165,12 +170,11 @@ def addon_findings(addons: Sequence[Addon], where: str) -> Iterator[Finding]:
         check = f"addon {addon.name}"
         if addon.state is AddonState.UNHEALTHY:
             what = f"The addon {addon.name} does not work: {addon.detail}"
-            yield Finding(severity=Severity.PROBLEM, check=check, where=where, what=what, advice=advice)
+            yield problem(check, where, what, advice)
         elif addon.state is AddonState.STARTING:
-            what = f"The addon {addon.name} is starting."
-            yield Finding(severity=Severity.WARNING, check=check, where=where, what=what)
+            yield warning(check, where, f"The addon {addon.name} is starting.")
         elif addon.detail:
-            yield Finding(severity=Severity.INFO, check=check, where=where, what=addon.detail)
+            yield known(check, where, addon.detail)
 
 
 def load_findings(load: NodeLoad, where: str) -> Iterator[Finding]:
@@ -178,33 +182,19 @@ def load_findings(load: NodeLoad, where: str) -> Iterator[Finding]:
     yield from disk_findings(load.disk_free_mb, load.disk_total_mb, where)
     percent = load.memory_percent
     if percent >= MEMORY_WARNING_PERCENT:
-        is_problem = percent >= MEMORY_PROBLEM_PERCENT
-        yield Finding(
-            severity=Severity.PROBLEM if is_problem else Severity.WARNING,
-            check="memory",
-            where=where,
-            what=f"Its memory is {percent:.0f} % full.",
-            advice="End programs that need much of it, or limit services by resource_constraints.memory.",
-        )
+        make = problem if percent >= MEMORY_PROBLEM_PERCENT else warning
+        advice = "End programs that need much of it, or limit services by resource_constraints.memory."
+        yield make("memory", where, f"Its memory is {percent:.0f} % full.", advice)
 
 
 def disk_findings(free_mb: int, total_mb: int, where: str) -> Iterator[Finding]:
     """A disk that is almost full; sizes in MiB, nothing when `total_mb` is 0 (not known)."""
-    severity = None
-    for level, (floor_mb, share) in (
-        (Severity.PROBLEM, DISK_PROBLEM),
-        (Severity.WARNING, DISK_WARNING),
-    ):
-        if severity is None and free_mb < min(floor_mb, share * total_mb):
-            severity = level
-    if severity is not None:
-        yield Finding(
-            severity=severity,
-            check="disk",
-            where=where,
-            what=f"Its disk is almost full: {free_mb:,} of {total_mb:,} MB are free.",
-            advice="Free space: drop data that is no longer needed (`flops data drop`), delete old projects.",
-        )
+    what = f"Its disk is almost full: {free_mb:,} of {total_mb:,} MB are free."
+    advice = "Free space: drop data that is no longer needed (`flops data drop`), delete old projects."
+    for make, (floor_mb, share) in ((problem, DISK_PROBLEM), (warning, DISK_WARNING)):
+        if free_mb < min(floor_mb, share * total_mb):
+            yield make("disk", where, what, advice)
+            return
 
 
 def service_findings(statuses: Sequence[ServiceStatus], where: str) -> Iterator[Finding]:
@@ -212,26 +202,16 @@ def service_findings(statuses: Sequence[ServiceStatus], where: str) -> Iterator[
     for status in statuses:
         if not status.state.is_final and status.restarts >= RESTARTS_WARNING:
             detail = f": {status.detail}" if status.detail else "."
-            yield Finding(
-                severity=Severity.WARNING,
-                check="services",
-                where=where,
-                what=f"{status.service_id} was started again {status.restarts} times, and is"
-                f" {status.state.value}{detail}",
-                advice="`flops project logs` shows why it ends.",
-            )
+            times = f"{status.service_id} was started again {status.restarts} times"
+            what = f"{times}, and is {status.state.value}{detail}"
+            yield warning("services", where, what, "`flops project logs` shows why it ends.")
 
 
 def version_findings(theirs: str, ours: str, where: str) -> Iterator[Finding]:
     """Another version than the control plane's; nothing when theirs is not known."""
     if theirs and theirs != ours:
-        yield Finding(
-            severity=Severity.WARNING,
-            check="version",
-            where=where,
-            what=f"It runs FLOps {theirs}, the control plane {ours}.",
-            advice="Install the same version everywhere.",
-        )
+        what = f"It runs FLOps {theirs}, the control plane {ours}."
+        yield warning("version", where, what, "Install the same version everywhere.")
 
 
 def clock_findings(skew_s: float, where: str, whose: str) -> Iterator[Finding]:
@@ -243,15 +223,10 @@ def clock_findings(skew_s: float, where: str, whose: str) -> Iterator[Finding]:
         whose: the clock it was compared with, such as "the control plane's".
     """
     if abs(skew_s) > CLOCK_SKEW_WARNING_S:
-        is_problem = abs(skew_s) > CLOCK_SKEW_PROBLEM_S
+        make = problem if abs(skew_s) > CLOCK_SKEW_PROBLEM_S else warning
         direction = "ahead of" if skew_s > 0 else "behind"
-        yield Finding(
-            severity=Severity.PROBLEM if is_problem else Severity.WARNING,
-            check="clock",
-            where=where,
-            what=f"Its clock is {abs(skew_s):.1f} s {direction} {whose}.",
-            advice="Have both machines set their clocks by NTP (`timedatectl set-ntp true`).",
-        )
+        advice = "Have both machines set their clocks by NTP (`timedatectl set-ntp true`)."
+        yield make("clock", where, f"Its clock is {abs(skew_s):.1f} s {direction} {whose}.", advice)
 
 
 def limit_findings(limits: Sequence[str], note: str, where: str) -> Iterator[Finding]:
@@ -259,13 +234,8 @@ def limit_findings(limits: Sequence[str], note: str, where: str) -> Iterator[Fin
     missing = [limit for limit in _LIMITS if limit not in limits]
     if missing:
         why = f" {note}" if note else ""
-        yield Finding(
-            severity=Severity.INFO,
-            check="limits",
-            where=where,
-            what=f"It cannot limit what services use of: {', '.join(missing)}.{why}",
-            advice="Run the NodeEngine as root or by systemd, for limits.",
-        )
+        what = f"It cannot limit what services use of: {', '.join(missing)}.{why}"
+        yield known("limits", where, what, "Run the NodeEngine as root or by systemd, for limits.")
 
 
 def _address_findings(node: Node, nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -273,14 +243,10 @@ def _address_findings(node: Node, nodes: Sequence[Node]) -> Iterator[Finding]:
     others = [n for n in nodes if n.is_connected and n.id != node.id]
     elsewhere = [n.name for n in others if not is_loopback(n.facts.address)]
     if node.is_connected and elsewhere and is_loopback(node.facts.address):
-        yield Finding(
-            severity=Severity.WARNING,
-            check="address",
-            where=node.name,
-            what=f"Its services are announced at {node.facts.address}, where {', '.join(elsewhere)}"
-            " cannot reach them.",
-            advice="Have it dial the cluster by an address of the network: `NodeEngine config cluster`.",
-        )
+        announced = f"Its services are announced at {node.facts.address}"
+        what = f"{announced}, where {', '.join(elsewhere)} cannot reach them."
+        advice = "Have it dial the cluster by an address of the network: `NodeEngine config cluster`."
+        yield warning("address", node.name, what, advice)
 
 
 def is_loopback(host: str) -> bool:

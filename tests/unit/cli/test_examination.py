@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flops.adapters.sqlite_file import check_sqlite_file
-from flops.cli.examination import fine, run_checks
-from flops.core.health import Finding, Severity
+from flops.cli.examination import run_checks
+from flops.core.health import Finding, Severity, fine
 from flops.errors import ErrorCode, FlopsError
 
 
