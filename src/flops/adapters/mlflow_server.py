@@ -23,6 +23,7 @@ from flops.errors import ErrorCode, FlopsError
 
 PID_FILE = "mlflow.pid"
 LOG_FILE = "mlflow.log"
+DATABASE_FILE = "mlflow.db"
 ARTIFACT_ROOT = "mlflow-artifacts:/"  # clients send artifacts to the server, which stores them
 _LOG_BYTES = 5_000_000  # of one log file; two are kept
 _GRACE_S = 5.0
@@ -179,7 +180,7 @@ class MlflowServer:
         with self._lock:
             if self._stopping.is_set() or self._socket is None or self._pipe is None:
                 return
-            database = f"sqlite:///{self._home / 'mlflow.db'}"
+            database = f"sqlite:///{self._home / DATABASE_FILE}"
             descriptors = (self._socket.fileno(), self._pipe[0])
             argv = [sys.executable, "-m", "flops.adapters.mlflow_process"]
             argv += [str(descriptors[0]), str(descriptors[1]), database, ARTIFACT_ROOT]

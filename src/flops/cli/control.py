@@ -21,12 +21,11 @@ import psutil
 from flops.adapters.mlflow_server import end_left_over
 from flops.adapters.system_clock import SystemClock
 from flops.cli.output import say
-from flops.control.lifetime import ENDPOINT_FILE, LOCK_FILE, STARTUP_ERROR_FILE
+from flops.control.lifetime import ENDPOINT_FILE, LOCK_FILE, STARTUP_ERROR_FILE, TRACKING_FOLDER
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.settings import ControlSettings, inherited_environment
 
 LOG_FILE = "control.log"
-TRACKING_FOLDER = "mlflow"  # as the control plane's wiring has it
 READY_WITHIN_S = 60.0
 ENDED_WITHIN_S = 30.0
 _POLL_S = 0.05

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from flops.adapters.mlflow_server import DATABASE_FILE
 from flops.adapters.sqlite_file import check_sqlite_file
 from flops.adapters.system_clock import SystemClock
 from flops.cli.control import LOG_FILE, read_endpoint
 from flops.cli.examination import HERE, WAIT_S
-from flops.control.lifetime import ADMIN_TOKEN_FILE, ENDPOINT_FILE
+from flops.control.lifetime import (
+    ADMIN_TOKEN_FILE,
+    CLUSTER_FILE,
+    ENDPOINT_FILE,
+    PROJECTS_FILE,
+    SECRET_FILE,
+    TRACKING_FOLDER,
+)
 from flops.core.health import fine, known, problem, warning
 from flops.errors import ErrorCode, FlopsError
 
@@ -24,8 +32,8 @@ if TYPE_CHECKING:
     from flops.core.health import Finding
     from flops.settings import ControlSettings
 
-DATABASES = ("cluster.sqlite", "projects.sqlite", "mlflow/mlflow.db")
-_PRIVATE = (ADMIN_TOKEN_FILE, "secret")
+DATABASES = (CLUSTER_FILE, PROJECTS_FILE, f"{TRACKING_FOLDER}/{DATABASE_FILE}")
+_PRIVATE = (ADMIN_TOKEN_FILE, SECRET_FILE)
 _FUTURE_S = 60.0
 
 

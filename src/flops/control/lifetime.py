@@ -20,6 +20,10 @@ ENDPOINT_FILE = "endpoint.json"
 ADMIN_TOKEN_FILE = "admin.token"  # noqa: S105 (a file's name)
 STARTUP_ERROR_FILE = "startup_error.json"
 LOCK_FILE = "lock"
+SECRET_FILE = "secret"  # noqa: S105 (a file's name)
+CLUSTER_FILE = "cluster.sqlite"
+PROJECTS_FILE = "projects.sqlite"
+TRACKING_FOLDER = "mlflow"
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,14 @@ from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.sql_store import SqlProjectStore
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_environments import this_platform
-from flops.control.lifetime import ADMIN_TOKEN_FILE, run_until_told
+from flops.control.lifetime import (
+    ADMIN_TOKEN_FILE,
+    CLUSTER_FILE,
+    PROJECTS_FILE,
+    SECRET_FILE,
+    TRACKING_FOLDER,
+    run_until_told,
+)
 from flops.durable_file import keep_token
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
@@ -27,8 +34,6 @@ from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus
-
-SECRET_FILE = "secret"  # noqa: S105 (a file's name)
 
 
 def run_control_plane(arguments: list[str]) -> int:
@@ -50,19 +55,21 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     started_at_s = clock.now_s()
     token = keep_token(folder / ADMIN_TOKEN_FILE)
 
-    tracking = MlflowServer(folder / "mlflow", settings.host, settings.tracking_port, inherited_environment())
+    tracking = MlflowServer(
+        folder / TRACKING_FOLDER, settings.host, settings.tracking_port, inherited_environment()
+    )
     tracking.start()
     parts.callback(tracking.stop)
 
     blobs = FileBlobs(folder / "blobs")
-    orchestrator = ClusterOrchestrator(SqlClusterStore(folder / "cluster.sqlite"), clock)
+    orchestrator = ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock)
     cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
     cluster = HttpServer(cluster_app, settings.cluster_host, settings.cluster_port)
     cluster.start()
     parts.callback(cluster.close)
 
     engine = Engine(
-        store=SqlProjectStore(folder / "projects.sqlite"),
+        store=SqlProjectStore(folder / PROJECTS_FILE),
         orchestrator=orchestrator,
         repos=GitRepos(
             blobs,
