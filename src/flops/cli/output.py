@@ -104,11 +104,6 @@ def timestamp(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-def now_s() -> float:
-    """Seconds since the epoch on this machine."""
-    return datetime.now(UTC).timestamp()
-
-
 def duration(seconds: float) -> str:
     """A duration for people: ``42 s``, ``3 min 5 s``, ``2 h 0 min``; clocks that disagree make it 0 s."""
     whole = max(0, int(seconds))

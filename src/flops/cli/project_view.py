@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from flops.cli.output import duration, now_s, print_facts, print_line, print_table, say, timestamp
+from flops.adapters.system_clock import SystemClock
+from flops.cli.output import duration, print_facts, print_line, print_table, say, timestamp
 from flops.core.cluster import Service
 from flops.core.ids import NodeId
 from flops.core.learner_states import LearnerStanding, last_words
@@ -124,7 +125,11 @@ def doing_since(project: Project) -> str:
     if not project.doing or not project.doing_since_s:
         return ""
     since = timestamp(project.doing_since_s)
-    return since if project.stage.is_final else f"{since} ({duration(now_s() - project.doing_since_s)})"
+    return (
+        since
+        if project.stage.is_final
+        else f"{since} ({duration(SystemClock().now_s() - project.doing_since_s)})"
+    )
 
 
 def _learner_row(learner: LearnerStanding) -> tuple[object, ...]:

@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from flops.cli.output import duration, hide_passwords, now_s, say
+from flops.adapters.system_clock import SystemClock
+from flops.cli.output import duration, hide_passwords, say
 from flops.cli.project_view import durations, metric
 from flops.core.project import Failure, Project, ProjectEvent, Stage, Training
 from flops.errors import ErrorCode, FlopsError
@@ -161,7 +162,7 @@ def _doing(project: Project) -> str:
     """What the project does, and for how long."""
     if not project.doing_since_s or project.stage.is_final:
         return project.doing
-    return f"{project.doing} ({duration(now_s() - project.doing_since_s)})"
+    return f"{project.doing} ({duration(SystemClock().now_s() - project.doing_since_s)})"
 
 
 def _clock_time(seconds: float | None) -> str:
