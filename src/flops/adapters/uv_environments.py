@@ -213,24 +213,24 @@ class UvEnvironments:
         with tempfile.TemporaryDirectory(dir=self._root, prefix=f".building-{folder.name}-") as scratch:
             file = Path(scratch) / "lock.txt"
             file.write_text(lock)
-            steps = [
-                ["venv", "--python", str(python), "--no-project", str(folder)],
-                ["pip", "sync", "--require-hashes", "--python", str(folder / "bin" / "python"), str(file)],
-            ]
-            tries = len(steps) + _MORE_TRIES
-            while steps:
-                done = self._run_uv(steps[0], Path(scratch), self._build_timeout_s, watch, [descriptor])
-                tries -= 1
-                if done.exit_code == 0:
-                    steps.pop(0)
-                elif _NOT_LISTED.search(done.errors) and tries >= len(steps):
+
+            def run(step: Sequence[str]) -> Completed:
+                return self._run_uv(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
+
+            done = run(["venv", "--python", str(python), "--no-project", str(folder)])
+            if done.exit_code == 0:
+                interpreter = str(folder / "bin" / "python")
+                sync = ["pip", "sync", "--require-hashes", "--python", interpreter, str(file)]
+                done = run(sync)
+                for _ in range(_MORE_TRIES):
+                    if done.exit_code == 0 or not _NOT_LISTED.search(done.errors):
+                        break
                     report("The package index does not list a locked version right now; trying again.")
                     time.sleep(_INDEX_PAUSE_S)
                     stop_if_needless()
-                    if "--refresh" not in steps[0]:
-                        steps[0].append("--refresh")
-                else:
-                    raise _tool_error(done, f"The environment {folder} cannot be built")
+                    done = run([*sync, "--refresh"])
+            if done.exit_code != 0:
+                raise _tool_error(done, f"The environment {folder} cannot be built")
 
     def _warm_up(self, folder: Path, names: Sequence[str], report: Report, descriptor: int) -> None:
         """Import once what services import at their start; a module that fails is told, not fatal."""
