@@ -197,18 +197,20 @@ class ServiceRunner:
         """
         while not self._is_asked_to_stop.wait(WATCH_INTERVAL_S):
             status = self._runtime.status(self.spec.id)
-            is_final = status is not None and status.state.is_final
-            has_failed = status is not None and status.state is ServiceState.FAILED
-            if is_final and not has_failed:
-                return status
-            problem = self._disk.problem_of(self.spec.id, self.folder.work_dir, has_failed=has_failed)
-            if problem is not None:
-                self._runtime.stop(self.spec.id, grace_s=0.0)
-                self.folder.clear_work()
-                raise problem
-            if is_final:
-                return status
+            ended = status if status is not None and status.state.is_final else None
+            if ended is None or ended.state is ServiceState.FAILED:
+                self._guard_disk(has_failed=ended is not None)
+            if ended is not None:
+                return ended
         return None
+
+    def _guard_disk(self, *, has_failed: bool) -> None:
+        """End the service if it fills the disk, and give back what it wrote."""
+        problem = self._disk.problem_of(self.spec.id, self.folder.work_dir, has_failed=has_failed)
+        if problem is not None:
+            self._runtime.stop(self.spec.id, grace_s=0.0)
+            self.folder.clear_work()
+            raise problem
 
     def _take_end(self, ended: ServiceStatus) -> bool:
         if ended.state is ServiceState.COMPLETED:
@@ -234,11 +236,10 @@ class ServiceRunner:
         )
         if told is not None and error.code is not ErrorCode.OUT_OF_MEMORY:
             return told
-        if self._preparer.site.hides_output(self.spec.kind):
-            details = {**error.details, "service_id": self.spec.id}
-            return FlopsError(error.code, error.message, hint=error.hint, details=details).to_dict()
-        output = self._runtime.output(self.spec.id, tail_bytes=LAST_OUTPUT_BYTES).strip()
-        details = {**error.details, "service_id": self.spec.id, **({"output": output} if output else {})}
+        details = {**error.details, "service_id": self.spec.id}
+        if not self._preparer.site.hides_output(self.spec.kind):
+            output = self._runtime.output(self.spec.id, tail_bytes=LAST_OUTPUT_BYTES).strip()
+            details |= {"output": output} if output else {}
         return FlopsError(error.code, error.message, hint=error.hint, details=details).to_dict()
 
     def _fail(self, error: dict[str, Any], *, exit_code: int | None) -> None:
