@@ -270,6 +270,8 @@ class Engine:
             if event is not None:
                 self._apply_safely(effect.project_id, event)
             self._store.finish_effect(effect.key)
+            if not effect.project_id:  # no deletion of a project will take it along
+                self._store.forget_finished_effects(effect.project_id)
             if effect.kind is EffectKind.DELETE_PROJECT:
                 self._tell(effect.project_id)
             return None
