@@ -57,7 +57,7 @@ class NodeFacts(Value):
     disk_free_mb: int = 0
     gpus: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ("process",)
-    limits: tuple[str, ...] = ()  # what the node can enforce: "memory", "cpu", "pids"
+    limits: tuple[str, ...] = ()  # what it can enforce, as `Runtime.limits` names it
     limits_note: str = ""  # why not all of them
 
 
