@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flops.errors import CATALOGUE, ErrorCode
-from flops.testing.deployment import Deployment, commit_all, deployed, make_repository
+from flops.testing.deployment import Deployment, commit_all
+from flops.testing.example import (
+    begin_fit_with,
+    example_deployment,
+    make_example,
+    sla_file,
+    submit,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROWS = 569  # of the breast cancer data; the last tenth is not handed out
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Two learner nodes with tabular data, on a control plane that all tests here share."""
-    with deployed(tmp_path_factory.mktemp("deployment")) as deployment:
-        deployment.up()
-        deployment.start_node("node-1", "FLOps-learner", "imageBuilder")
-        deployment.start_node("node-2", "FLOps-learner")
-        deployment.wait_for_nodes(2)
-        deployment.flops("mock-data", "create", str(EXAMPLES / "slas/mocks/breast_cancer.json"), "--watch")
-        make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "repository")
+    """The example, on a control plane that all tests here share."""
+    with example_deployment(tmp_path_factory.mktemp("deployment")) as deployment:
         yield deployment
-
-
-def write_sla(deployment: Deployment, name: str, **changes: Any) -> Path:
-    sla = json.loads((EXAMPLES / "slas/projects/breast_cancer_sklearn.json").read_text())
-    sla["ml_repo_url"] = (deployment.home / "repository").as_uri()
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            sla[key] = {**sla[key], **value}
-        else:
-            sla[key] = value
-    path = deployment.home / f"{name}.json"
-    path.write_text(json.dumps(sla))
-    return path
-
-
-def submit(deployment: Deployment, sla: Path) -> str:
-    return deployment.flops("project", "create", str(sla)).stdout.split()[0]
 
 
 def test_two_projects_at_once_serve_their_models(deployment: Deployment) -> None:
     two = {"min_available_clients": 2, "min_fit_clients": 2, "min_evaluate_clients": 2}
-    sla = write_sla(
+    sla = sla_file(
         deployment,
         "good",
         training_configuration=two,
@@ -80,15 +60,10 @@ def test_two_projects_at_once_serve_their_models(deployment: Deployment) -> None
 
 
 def test_the_users_own_traceback_comes_back(deployment: Deployment) -> None:
-    repository = make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "raises")
-    manager = repository / "model_manager.py"
-    source = manager.read_text()
-    assert "def fit_model(self) -> int:" in source
-    manager.write_text(
-        source.replace("def fit_model(self) -> int:", "def fit_model(self) -> int:\n        1 / 0  # noqa", 1)
-    )
+    repository = make_example(deployment, "raises")
+    begin_fit_with(repository, "1 / 0  # noqa")
     commit_all(repository, "Break it")
-    sla = write_sla(deployment, "raises", ml_repo_url=repository.as_uri())
+    sla = sla_file(deployment, "raises", ml_repo_url=repository.as_uri())
     failed = deployment.flops(
         "project", "create", str(sla), "--watch", exit_code=CATALOGUE[ErrorCode.USER_CODE_FAILED].exit_code
     )
@@ -98,7 +73,7 @@ def test_the_users_own_traceback_comes_back(deployment: Deployment) -> None:
 
 
 def test_a_tag_nobody_has_is_refused_before_anything_is_built(deployment: Deployment) -> None:
-    sla = write_sla(deployment, "tag", training_configuration={"data_tags": ["nobody"]})
+    sla = sla_file(deployment, "tag", training_configuration={"data_tags": ["nobody"]})
     refused = deployment.flops(
         "project", "create", str(sla), "--watch",
         exit_code=CATALOGUE[ErrorCode.PLACEMENT_IMPOSSIBLE].exit_code,
@@ -107,10 +82,10 @@ def test_a_tag_nobody_has_is_refused_before_anything_is_built(deployment: Deploy
 
 
 def test_a_repository_without_its_contract_is_refused(deployment: Deployment) -> None:
-    repository = make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "incomplete")
+    repository = make_example(deployment, "incomplete")
     subprocess.run(["git", "-C", str(repository), "rm", "--quiet", "model_manager.py"], check=True)
     commit_all(repository, "Lose the model manager")
-    sla = write_sla(deployment, "incomplete", ml_repo_url=repository.as_uri())
+    sla = sla_file(deployment, "incomplete", ml_repo_url=repository.as_uri())
     refused = deployment.flops(
         "project", "create", str(sla), "--watch",
         exit_code=CATALOGUE[ErrorCode.REPO_CONTRACT_BROKEN].exit_code,

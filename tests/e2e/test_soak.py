@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import secrets
 import sys
@@ -18,17 +16,17 @@ from typing import TypeVar
 
 import pytest
 
-from flops.cli.api_client import ApiClient
 from flops.core.project import Project
 from flops.errors import ErrorCode, FlopsError
-from flops.testing.audit import Tracking, problems_of
+from flops.node.disk_guard import folder_bytes
+from flops.testing.audit import Books
 from flops.testing.chaos import DAEMONS, Monkey, Role, processes_of, revive, services_of
-from flops.testing.deployment import Deployment, deployed, make_repository
+from flops.testing.deployment import Deployment
+from flops.testing.example import example_deployment, example_sla
 from flops.wire.rest import Message, ProjectCreated, ProjectList
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PAUSE_S = 6.0  # between two kills, on average
 # Ends that kills may bring about; any other failure is a defect.
 EXCUSED = {ErrorCode.SERVICE_FAILED, ErrorCode.TOO_FEW_LEARNERS, ErrorCode.ROUND_FAILED}
@@ -43,13 +41,7 @@ def setting(name: str, default: int) -> int:
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    with deployed(tmp_path) as deployment:
-        deployment.up()
-        deployment.start_node("node-1", "FLOps-learner", "imageBuilder")
-        deployment.start_node("node-2", "FLOps-learner")
-        deployment.wait_for_nodes(2)
-        deployment.flops("mock-data", "create", str(EXAMPLES / "slas/mocks/breast_cancer.json"), "--watch")
-        make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "repository")
+    with example_deployment(tmp_path) as deployment:
         yield deployment
 
 
@@ -58,13 +50,9 @@ class Soak:
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        endpoint = json.loads((deployment.home / "control" / "endpoint.json").read_text())
-        self._api = ApiClient(endpoint["manager_url"], deployment.home / "control" / "admin.token")
-        self._tracking = Tracking(endpoint["tracking_url"])
-        self._sla = json.loads((EXAMPLES / "slas/projects/breast_cancer_sklearn.json").read_text())
-        self._sla["ml_repo_url"] = (deployment.home / "repository").as_uri()
-        self._sla["training_configuration"].update(training_rounds=5, round_timeout_s=60)
-        self._sla["post_training_steps"] = []
+        self._books = Books(deployment)
+        training = {"training_rounds": 5, "round_timeout_s": 60}
+        self._sla = example_sla(deployment, training_configuration=training, post_training_steps=[])
         self._started = time.monotonic()
         self.ends: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -75,15 +63,18 @@ class Soak:
 
     def run(self, count: int, at_once: int, disturb: Callable[[], None]) -> None:
         """Run projects to their ends, with `disturb` called all the time."""
+        api = self._books.api
         open_ids: set[str] = set()
         begun = ended = 0
         while ended < count:
             disturb()
             while begun < count and len(open_ids) < at_once:
-                created = self._patiently(lambda: self._api.post("/projects", ProjectCreated, self._sla))
+                created = self._patiently(
+                    lambda: self._books.api.post("/projects", ProjectCreated, self._sla)
+                )
                 open_ids.add(created.project_id)
                 begun += 1
-            for project in self._patiently(lambda: self._api.get("/projects", ProjectList)).projects:
+            for project in self._patiently(lambda: api.get("/projects", ProjectList)).projects:
                 if project.id in open_ids and project.stage.is_final:
                     open_ids.remove(project.id)
                     ended += 1
@@ -103,14 +94,14 @@ class Soak:
 
     def look_over(self) -> None:
         """Check the books of all projects, and delete half of them."""
-        projects = self._api.get("/projects", ProjectList).projects
+        projects = self._books.api.get("/projects", ProjectList).projects
         for project in projects:
-            self.problems += problems_of(project, self._api.history(project.id), self._tracking)
+            self.problems += self._books.problems_of(project)
         for project in projects[::2]:
-            self._api.delete(f"/projects/{project.id}", Message)
+            self._books.api.delete(f"/projects/{project.id}", Message)
         kept = len(projects) - len(projects[::2])
         self._deployment.wait_for(
-            lambda: len(self._api.get("/projects", ProjectList).projects) == kept, "the deletions"
+            lambda: len(self._books.api.get("/projects", ProjectList).projects) == kept, "the deletions"
         )
 
     def settle(self) -> None:
@@ -120,8 +111,7 @@ class Soak:
         self._deployment.wait_for(lambda: not services_of(self._deployment), "the end of all services")
 
     def close(self) -> None:
-        self._api.close()
-        self._tracking.close()
+        self._books.close()
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """Ask again while the control plane is away; a project may be accepted without our being told."""
@@ -143,23 +133,13 @@ class Usage:
         self.memory_mb = {str(f): p.memory_info().rss / 1024**2 for f, p in processes}
         self.descriptors = {str(f): p.num_fds() for f, p in processes}
         folders = [deployment.home / name for name in ("control", *deployment.nodes)]
-        self.disk_mb = {folder.name: _disk_mb(folder) for folder in folders}
+        self.disk_mb = {folder.name: folder_bytes(folder) / 1024**2 for folder in folders}
 
     def __str__(self) -> str:
         memory = ", ".join(f"{name} {mb:.0f} MB" for name, mb in self.memory_mb.items())
         descriptors = ", ".join(f"{name} {count}" for name, count in self.descriptors.items())
         disk = ", ".join(f"{name} {mb:.1f} MB" for name, mb in self.disk_mb.items())
         return f"memory: {memory}; open files: {descriptors}; disk: {disk}"
-
-
-def _disk_mb(folder: Path) -> float:
-    sizes = {}
-    for parent, _folders, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                found = (Path(parent) / name).lstat()
-                sizes[found.st_ino] = found.st_blocks * 512  # a hard link counts once
-    return sum(sizes.values()) / 1024**2
 
 
 def test_projects_end_whatever_is_killed_and_everything_is_given_back(deployment: Deployment) -> None:

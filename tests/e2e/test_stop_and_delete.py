@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Self
 
 import pytest
 
-from flops.cli.api_client import ApiClient
 from flops.core.project import Project, Stage
 from flops.errors import ErrorCode, FlopsError
-from flops.testing.audit import Tracking, problems_of
+from flops.testing.audit import Books
 from flops.testing.chaos import Role, processes_of, services_of
-from flops.testing.deployment import Deployment, commit_all, deployed, make_repository
+from flops.testing.deployment import Deployment, commit_all
+from flops.testing.example import (
+    REPOSITORY,
+    begin_fit_with,
+    example_deployment,
+    make_example,
+    sla_file,
+    submit,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ENDED_WITHIN_S = 15.0
-FIT = "def fit_model(self) -> int:"
+ENDLESS = "endless"
 chaos = pytest.mark.chaos
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Two learner nodes with data, and two repositories: `quick`, and `endless` whose training never ends."""
-    with deployed(tmp_path_factory.mktemp("deployment")) as deployment:
-        deployment.up()
-        deployment.start_node("node-1", "FLOps-learner", "imageBuilder")
-        deployment.start_node("node-2", "FLOps-learner")
-        deployment.wait_for_nodes(2)
-        deployment.flops("mock-data", "create", str(EXAMPLES / "slas/mocks/breast_cancer.json"), "--watch")
+    """The example, and beside its repository one whose training never ends."""
+    with example_deployment(tmp_path_factory.mktemp("deployment")) as deployment:
         deployment.wait_for(lambda: not services_of(deployment), "the end of the mock data provider")
-        make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "quick")
-        endless = make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "endless")
-        manager = endless / "model_manager.py"
-        assert FIT in manager.read_text()
-        loop = f"{FIT}\n        while True:\n            pass"
-        manager.write_text(manager.read_text().replace(FIT, loop, 1))
+        endless = make_example(deployment, ENDLESS)
+        begin_fit_with(endless, "while True: pass")
         commit_all(endless, "Loop")
         yield deployment
 
@@ -50,21 +45,15 @@ class Ending:
 
     def __init__(self, deployment: Deployment, repository: str, rounds: int = 2) -> None:
         self._deployment = deployment
-        endpoint = json.loads((deployment.home / "control" / "endpoint.json").read_text())
-        self._api = ApiClient(endpoint["manager_url"], deployment.home / "control" / "admin.token")
-        self._tracking = Tracking(endpoint["tracking_url"])
+        self._books = Books(deployment)
         self._left_before = folders_of(deployment)
-        sla = json.loads((EXAMPLES / "slas/projects/breast_cancer_sklearn.json").read_text())
-        sla["ml_repo_url"] = (deployment.home / repository).as_uri()
-        sla["training_configuration"]["training_rounds"] = rounds
-        path = deployment.home / "sla.json"
-        path.write_text(json.dumps(sla))
-        self.id = deployment.flops("project", "create", str(path)).stdout.split()[0]
+        sla = sla_file(deployment, "sla", repository, training_configuration={"training_rounds": rounds})
+        self.id = submit(deployment, sla)
 
     def project(self) -> Project | None:
         """As the manager knows it; None when it does not know it any more."""
         try:
-            return self._api.project(self.id)
+            return self._books.api.project(self.id)
         except FlopsError as exc:
             if exc.code is not ErrorCode.PROJECT_NOT_FOUND:
                 raise
@@ -101,8 +90,7 @@ class Ending:
             if kind is None and self.project() is not None:
                 self.end("delete")
         finally:
-            self._api.close()
-            self._tracking.close()
+            self._books.close()
 
     def _left(self, *, is_deleted: bool) -> list[str]:
         project = self.project()
@@ -110,11 +98,11 @@ class Ending:
         if is_deleted:  # until then a folder keeps what its service wrote to its logs
             left += sorted(folders_of(self._deployment) - self._left_before)
             left += [f"project {project.stage}"] if project is not None else []
-            left += [f"run {run['info']['status']}" for run in self._tracking.runs(self.id)]
+            left += [f"run {run['info']['status']}" for run in self._books.tracking.runs(self.id)]
         elif project is None or project.stage is not Stage.STOPPED:
             left.append(f"project {project and project.stage}")
         else:
-            left += problems_of(project, self._api.history(self.id), self._tracking)
+            left += self._books.problems_of(project)
         return left
 
 
@@ -129,19 +117,19 @@ STOP, DELETE, BOTH = ("stop",), ("delete",), ("stop", "delete")
 @pytest.mark.parametrize(
     ("stage", "running", "repository", "commands"),
     [
-        pytest.param(Stage.BUILDING, (Role.BUILDER,), "quick", DELETE, id="building-delete", marks=chaos),
-        pytest.param(Stage.BUILDING, (Role.BUILDER,), "quick", STOP, id="building-stop", marks=chaos),
-        pytest.param(Stage.PLACING, (), "quick", STOP, id="placing-stop", marks=chaos),
-        pytest.param(Stage.PLACING, (), "quick", DELETE, id="placing-delete", marks=chaos),
+        pytest.param(Stage.BUILDING, (Role.BUILDER,), REPOSITORY, DELETE, id="building-delete", marks=chaos),
+        pytest.param(Stage.BUILDING, (Role.BUILDER,), REPOSITORY, STOP, id="building-stop", marks=chaos),
+        pytest.param(Stage.PLACING, (), REPOSITORY, STOP, id="placing-stop", marks=chaos),
+        pytest.param(Stage.PLACING, (), REPOSITORY, DELETE, id="placing-delete", marks=chaos),
         pytest.param(
-            Stage.PLACING, (Role.AGGREGATOR,), "quick", STOP, id="aggregator-starts-stop", marks=chaos
+            Stage.PLACING, (Role.AGGREGATOR,), REPOSITORY, STOP, id="aggregator-starts-stop", marks=chaos
         ),
-        pytest.param(Stage.TRAINING, (), "endless", STOP, id="training-stop", marks=chaos),
-        pytest.param(Stage.TRAINING, (), "endless", DELETE, id="training-delete", marks=chaos),
-        pytest.param(Stage.TRAINING, (Role.LEARNER,), "endless", BOTH, id="training-stop-then-delete"),
-        pytest.param(Stage.DEPLOYING, (), "quick", STOP, id="deploying-stop", marks=chaos),
-        pytest.param(Stage.DEPLOYING, (), "quick", DELETE, id="deploying-delete", marks=chaos),
-        pytest.param(Stage.COMPLETED, (Role.INFERENCE,), "quick", DELETE, id="completed-delete"),
+        pytest.param(Stage.TRAINING, (), ENDLESS, STOP, id="training-stop", marks=chaos),
+        pytest.param(Stage.TRAINING, (), ENDLESS, DELETE, id="training-delete", marks=chaos),
+        pytest.param(Stage.TRAINING, (Role.LEARNER,), ENDLESS, BOTH, id="training-stop-then-delete"),
+        pytest.param(Stage.DEPLOYING, (), REPOSITORY, STOP, id="deploying-stop", marks=chaos),
+        pytest.param(Stage.DEPLOYING, (), REPOSITORY, DELETE, id="deploying-delete", marks=chaos),
+        pytest.param(Stage.COMPLETED, (Role.INFERENCE,), REPOSITORY, DELETE, id="completed-delete"),
     ],
 )
 def test_a_project_ends_within_seconds_and_leaves_nothing(
@@ -161,7 +149,7 @@ def test_a_project_ends_within_seconds_and_leaves_nothing(
 @pytest.mark.parametrize("commands", [STOP, DELETE, BOTH], ids=lambda commands: "-then-".join(commands))
 @chaos
 def test_a_project_ends_as_soon_as_it_is_submitted(deployment: Deployment, commands: tuple[str, ...]) -> None:
-    with Ending(deployment, "quick") as ending:
+    with Ending(deployment, REPOSITORY) as ending:
         ending.end(*commands)
 
 
@@ -170,7 +158,7 @@ def test_a_learner_in_an_endless_loop_does_not_hold_up_a_stop(deployment: Deploy
         learners = [found.process for found in processes_of(deployment, Role.LEARNER)]
         return len(learners) == 2 and all(learner.cpu_percent(interval=0.3) > 20 for learner in learners)
 
-    with Ending(deployment, "endless") as ending:
+    with Ending(deployment, ENDLESS) as ending:
         ending.wait_for(Stage.TRAINING, Role.LEARNER)
         deployment.wait_for(are_looping, "learners that loop")
         ending.end("stop")

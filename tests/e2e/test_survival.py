@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from flops.cli.api_client import ApiClient
 from flops.core.project import Project, Stage
-from flops.testing.audit import Tracking, problems_of
+from flops.node.service_folder import ServiceFolder
+from flops.testing.audit import Books
 from flops.testing.chaos import (
     Role,
     forget_boot,
@@ -20,34 +18,26 @@ from flops.testing.chaos import (
     revive,
     services_of,
 )
-from flops.testing.deployment import Deployment, commit_all, deployed, make_repository
+from flops.testing.deployment import Deployment, commit_all
+from flops.testing.example import (
+    REPOSITORY,
+    begin_fit_with,
+    example_deployment,
+    sla_file,
+    submit,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Two learner nodes with data, and a repository whose training takes long enough to be disturbed."""
-    with deployed(tmp_path_factory.mktemp("deployment")) as deployment:
-        deployment.up()
-        deployment.start_node("node-1", "FLOps-learner", "imageBuilder")
-        deployment.start_node("node-2", "FLOps-learner")
-        deployment.wait_for_nodes(2)
-        deployment.flops("mock-data", "create", str(EXAMPLES / "slas/mocks/breast_cancer.json"), "--watch")
-        repository = make_repository(EXAMPLES / "breast_cancer_sklearn", deployment.home / "repository")
-        slow_down(repository, 0.2)
+    """The example, with a training that takes long enough to be disturbed."""
+    with example_deployment(tmp_path_factory.mktemp("deployment")) as deployment:
+        repository = deployment.home / REPOSITORY
+        begin_fit_with(repository, "__import__('time').sleep(0.2)")
+        commit_all(repository, "Take time")
         yield deployment
-
-
-def slow_down(repository: Path, pause_s: float) -> None:
-    """Have every training take some time."""
-    manager = repository / "model_manager.py"
-    source, start = manager.read_text(), "def fit_model(self) -> int:"
-    assert start in source
-    manager.write_text(source.replace(start, f"{start}\n        __import__('time').sleep({pause_s})", 1))
-    commit_all(repository, "Take time")
 
 
 class Disturbed:
@@ -55,18 +45,12 @@ class Disturbed:
 
     def __init__(self, deployment: Deployment, rounds: int) -> None:
         self._deployment = deployment
-        endpoint = json.loads((deployment.home / "control" / "endpoint.json").read_text())
-        self._api = ApiClient(endpoint["manager_url"], deployment.home / "control" / "admin.token")
-        self._tracking = Tracking(endpoint["tracking_url"])
-        sla = json.loads((EXAMPLES / "slas/projects/breast_cancer_sklearn.json").read_text())
-        sla["ml_repo_url"] = (deployment.home / "repository").as_uri()
-        sla["training_configuration"]["training_rounds"] = rounds
-        path = deployment.home / "sla.json"
-        path.write_text(json.dumps(sla))
-        self.id = deployment.flops("project", "create", str(path)).stdout.split()[0]
+        self._books = Books(deployment)
+        sla = sla_file(deployment, training_configuration={"training_rounds": rounds})
+        self.id = submit(deployment, sla)
 
     def project(self) -> Project:
-        return self._api.project(self.id)
+        return self._books.api.project(self.id)
 
     def wait_for(self, *stages: Stage, rounds: int = 0) -> None:
         """Wait until it is in one of the stages, and has finished so many rounds."""
@@ -83,15 +67,14 @@ class Disturbed:
         """Wait for its end; its books have to be in order."""
         self.wait_for(Stage.COMPLETED)
         project = self.project()
-        assert problems_of(project, self._api.history(self.id), self._tracking) == []
+        assert self._books.problems_of(project) == []
         return project
 
     def close(self) -> None:
         """Delete it; nothing of it may be left."""
         self._deployment.flops("project", "delete", self.id)
         self._deployment.wait_for(lambda: not services_of(self._deployment), "the end of all services")
-        self._api.close()
-        self._tracking.close()
+        self._books.close()
 
 
 @pytest.mark.parametrize(
@@ -150,5 +133,5 @@ def test_training_goes_on_while_the_control_plane_is_away(deployment: Deployment
 
 def rounds_on_disk(deployment: Deployment) -> int:
     """Rounds in the aggregator's checkpoint."""
-    (path,) = deployment.home.glob("node-*/services/aggregator-*/work/checkpoint/history.jsonl")
-    return len(path.read_text().splitlines())
+    (folder,) = deployment.home.glob("node-*/services/aggregator-*")
+    return len((ServiceFolder(folder).work_dir / "checkpoint" / "history.jsonl").read_text().splitlines())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 
+from flops.cli.api_client import ApiClient
+from flops.control.lifetime import ADMIN_TOKEN_FILE, ENDPOINT_FILE
 from flops.core.project import Project, ProjectEvent, Stage
+from flops.testing.deployment import Deployment
 
 _PARENT_TAG = "mlflow.parentRunId"  # learners are child runs
 _RUN_STATES = {Stage.COMPLETED: "FINISHED", Stage.FAILED: "FAILED", Stage.STOPPED: "KILLED"}
@@ -44,6 +48,29 @@ class Tracking:
         query = {"run_id": run["info"]["run_id"], "metric_key": metric, "max_results": 10_000}
         answer = self._http.get("/metrics/get-history", params=query).raise_for_status().json()
         return [int(entry.get("step", 0)) for entry in answer.get("metrics", [])]
+
+
+class Books:
+    """What a deployment's manager and MLflow recorded, asked by their own interfaces.
+
+    Args:
+        deployment: one that is up.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        control = deployment.home / "control"
+        endpoint = json.loads((control / ENDPOINT_FILE).read_text())
+        self.api = ApiClient(endpoint["manager_url"], control / ADMIN_TOKEN_FILE)
+        self.tracking = Tracking(endpoint["tracking_url"])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.api.close()
+        self.tracking.close()
+
+    def problems_of(self, project: Project) -> list[str]:
+        """What is wrong with an ended project's records; see the function of this name."""
+        return problems_of(project, self.api.history(project.id), self.tracking)
 
 
 def problems_of(project: Project, history: Sequence[ProjectEvent], tracking: Tracking) -> list[str]:
