@@ -216,7 +216,7 @@ def test_neither_the_node_nor_others_can_be_read_or_changed(machine: Machine) ->
     machine.run(
         "import os, pathlib\n"
         "home = pathlib.Path.cwd().parents[2]\n"
-        "good = home / 'services/good/work/model'\n"
+        "good = home.joinpath('services', 'good', 'work', 'model')\n"
         "for attempt in (lambda: (home / 'token').read_text(), good.read_text, good.unlink,\n"
         "                lambda: good.write_text('bad'), lambda: os.listdir(home),\n"
         "                lambda: (home / 'runtime/bad/exit.json').write_text('{}'),\n"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from flops.adapters import service_shim as shim
+from flops.adapters.process_runtime import FOLDER_VARIABLE, ID_VARIABLE
 from flops.core.cluster import ServiceKind
 from flops.testing.deployment import Deployment
 
@@ -48,7 +50,7 @@ _BY_WORDS = {  # of the command line
     ("flops.trainer.learner",): Role.LEARNER,
     ("flops.serving.app",): Role.INFERENCE,
 }
-_PLACES = ("FLOPS_HOME", "FLOPS_RUNTIME_FOLDER")
+_PLACES = ("FLOPS_HOME", FOLDER_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _is_below(path: str, home: Path) -> bool:
 
 
 def _role_of(command: Sequence[str]) -> Role:
-    if any(word.endswith("service_shim.py") for word in command):
+    if shim.__file__ in command:
         return Role.SHIM
     words = set(command)
     return next((role for marks, role in _BY_WORDS.items() if words.issuperset(marks)), Role.OTHER)
@@ -94,12 +96,12 @@ def _role_of(command: Sequence[str]) -> Role:
 
 def _service_of(environ: Mapping[str, str], command: Sequence[str]) -> str:
     """The service that a process belongs to; a shim has its service's folder as its last argument."""
-    name = environ.get("FLOPS_SERVICE_ID") or Path(command[-1] if command else "").name
+    name = environ.get(ID_VARIABLE) or Path(command[-1] if command else "").name
     return name if name.startswith(tuple(f"{kind}-" for kind in ServiceKind)) else ""
 
 
 def _node_of(environ: Mapping[str, str], command: Sequence[str], deployment: Deployment) -> str:
-    places = [environ.get("FLOPS_RUNTIME_FOLDER", ""), *command]
+    places = [environ.get(FOLDER_VARIABLE, ""), *command]
     return next((n for n in deployment.nodes if any(_is_below(p, deployment.home / n) for p in places)), "")
 
 
@@ -120,7 +122,7 @@ def kill_machine(deployment: Deployment) -> None:
 
 def forget_boot(deployment: Deployment) -> None:
     """Have what is on disk look as if it were written before the machine was started the last time."""
-    for path in deployment.home.glob("*/*/*/shim.json"):
+    for path in deployment.home.glob(f"*/*/*/{shim.SHIM_FILE}"):
         identity = json.loads(path.read_text())
         path.write_text(json.dumps({**identity, "boot_id": "an-earlier-boot"}))
 
