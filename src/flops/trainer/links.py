@@ -40,9 +40,9 @@ class Instruction:
     encoded: Encoded
 
 
-@dataclass
+@dataclass(eq=False)
 class Link:
-    """A joined learner. Its fields are guarded by the server's condition."""
+    """A joined learner, one object per connection. Its fields are guarded by the server's condition."""
 
     learner: str
     node: str

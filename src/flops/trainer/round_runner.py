@@ -127,7 +127,7 @@ class RoundRunner:
         deadline = time.monotonic() + limit_s
         asked: list[Asked] = []
         while True:
-            asked += self._ask_idle(phase, messages)
+            asked += self._ask_idle(phase, asked, messages)
             self._await_news(phase, asked, deadline - time.monotonic())
             is_late = time.monotonic() >= deadline
             settled = [one for one in asked if is_late or one.request.is_settled]
@@ -142,22 +142,29 @@ class RoundRunner:
             if verdict is Verdict.FAIL or is_late:
                 raise failure_of(phase.name, phase.number, parts, needed=phase.needed, waited_s=limit_s)
 
-    def _ask_idle(self, phase: _Phase, messages: Callable[[], list[FlowerMessage]]) -> list[Asked]:
-        """Ask whoever is idle, while too few are done: later on, who comes waits for the next round."""
-        links = self._server.idle() if phase.lacks_answers else []
-        links = [link for link in links if phase.may_ask(link)]
+    def _ask_idle(
+        self, phase: _Phase, asked: Sequence[Asked], messages: Callable[[], list[FlowerMessage]]
+    ) -> list[Asked]:
+        links = self._to_ask(phase, asked)
         if not links:
             return []
         self._grid.show(links)
         return self._grid.send(messages())
 
+    def _to_ask(self, phase: _Phase, asked: Sequence[Asked]) -> list[Link]:
+        """Who is to be asked, while too few are done: later on, who comes waits for the next round.
+
+        A learner is idle as soon as it has answered; as long as its answer is not taken, it is asked already.
+        """
+        if not phase.lacks_answers:
+            return []
+        links = [one.request.link for one in asked]
+        return [link for link in self._server.idle() if link not in links and phase.may_ask(link)]
+
     def _await_news(self, phase: _Phase, asked: Sequence[Asked], patience_s: float) -> None:
         """Wait until a learner has answered or left, or another one can be asked."""
         self._server.wait_until(
-            lambda: (
-                any(one.request.is_settled for one in asked)
-                or (phase.lacks_answers and any(phase.may_ask(link) for link in self._server.idle()))
-            ),
+            lambda: any(one.request.is_settled for one in asked) or bool(self._to_ask(phase, asked)),
             max(0.0, patience_s),
         )
 
