@@ -88,6 +88,14 @@ class ErrorCode(StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_UNLOADABLE = "model_unloadable"
 
+    # Images and registries
+    IMAGE_NAME_INVALID = "image_name_invalid"
+    IMAGE_NOT_FOUND = "image_not_found"
+    IMAGE_DAMAGED = "image_damaged"
+    IMAGE_BUILD_FAILED = "image_build_failed"
+    REGISTRY_UNREACHABLE = "registry_unreachable"
+    REGISTRY_REFUSED = "registry_refused"
+
 
 @dataclass(frozen=True)
 class ErrorSpec:
@@ -228,6 +236,24 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ),
     ErrorCode.MODEL_NOT_FOUND: ErrorSpec(404, 72, "`flops model list` shows the models that exist."),
     ErrorCode.MODEL_UNLOADABLE: ErrorSpec(500, 73, "Look at the log of the inference service."),
+    ErrorCode.IMAGE_NAME_INVALID: ErrorSpec(
+        400, 80, "Name images as HOST/NAME:TAG, such as localhost:5000/flops/learner:v1."
+    ),
+    ErrorCode.IMAGE_NOT_FOUND: ErrorSpec(
+        404, 81, "Look at the name, the tag and the platform; `docs/images.md` says what FLOps pushes where."
+    ),
+    ErrorCode.IMAGE_DAMAGED: ErrorSpec(
+        502, 82, "Push the image again; if it stays, look at the disk of the registry."
+    ),
+    ErrorCode.IMAGE_BUILD_FAILED: ErrorSpec(
+        502, 83, "See `flops project logs` for the builder's output; submitting again tries anew."
+    ),
+    ErrorCode.REGISTRY_UNREACHABLE: ErrorSpec(
+        503, 84, "Check that the registry runs, and its address; what was sent is kept, the next try goes on."
+    ),
+    ErrorCode.REGISTRY_REFUSED: ErrorSpec(
+        502, 85, "Check the credentials for this registry, what they allow, and its free space."
+    ),
 }
 
 

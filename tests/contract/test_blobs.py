@@ -14,20 +14,26 @@ import pytest
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.memory_blobs import MemoryBlobs
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import BlobStreams
+from flops.image_ports import ImageBlobs
 from flops.testing.contracts.blobs import BlobsContract, digest_of
 
 
 class TestMemoryBlobs(BlobsContract):
     @pytest.fixture
-    def blobs(self) -> BlobStreams:
+    def blobs(self) -> ImageBlobs:
         return MemoryBlobs()
 
 
 class TestFileBlobs(BlobsContract):
     @pytest.fixture
-    def blobs(self, tmp_path: Path) -> BlobStreams:
+    def blobs(self, tmp_path: Path) -> ImageBlobs:
         return FileBlobs(tmp_path / "new" / "blobs")
+
+
+class TestBlobsOfAnOciLayout(BlobsContract):
+    @pytest.fixture
+    def blobs(self, tmp_path: Path) -> ImageBlobs:
+        return FileBlobs(tmp_path / "new" / "layout", is_oci_layout=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -26,18 +26,22 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class FileBlobs:
-    """Implements `flops.ports.BlobStreams`.
+    """Implements `flops.ports.BlobStreams` and `flops.image_ports.ImageBlobs`.
 
     Args:
         folder: where blobs are; it is created when it does not exist. What killed processes left unfinished
             in it is removed.
+        is_oci_layout: the folder is an image layout of the OCI's, which other programs read, too: blobs are
+            ``<folder>/blobs/sha256/<digest>``.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, is_oci_layout: bool = False) -> None:
+        self._folder = folder / "blobs" / "sha256" if is_oci_layout else folder
+        self._is_flat = is_oci_layout
         self._incoming = folder / "incoming"
         with _translated(self._incoming):
             self._incoming.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._incoming.iterdir():
                 _remove_if_abandoned(path)
 
@@ -101,8 +105,35 @@ class FileBlobs:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
 
+    def part(self, digest: Digest, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes from `start` up to `stop`, in pieces of 1 MiB at most; not verified.
+
+        Raises:
+            FlopsError: ``not_found``.
+        """
+        path = self._existing(digest)
+        with _translated(path), path.open("rb") as file:
+            file.seek(start)
+            while chunk := file.read(min(_CHUNK_BYTES, stop - file.tell())):
+                yield chunk
+
+    def digests(self) -> list[Digest]:
+        """Every blob there is, sorted."""
+        pattern = "*" if self._is_flat else "??/*"
+        return sorted(
+            Digest(path.name) for path in self._folder.glob(pattern) if _DIGEST.fullmatch(path.name)
+        )
+
+    def remove(self, digest: Digest) -> None:
+        """Remove a blob; nothing happens when it is not there. Who reads it may finish."""
+        if self.has(digest):
+            path = self._path_of(digest)
+            with _translated(path):
+                path.unlink(missing_ok=True)
+                sync_folder(path.parent)
+
     def _path_of(self, digest: Digest) -> Path:
-        return self._folder / digest[:2] / digest
+        return self._folder / digest if self._is_flat else self._folder / digest[:2] / digest
 
     def _existing(self, digest: Digest) -> Path:
         if not self.has(digest):

@@ -10,7 +10,7 @@ from flops.errors import ErrorCode, FlopsError
 
 
 class MemoryBlobs:
-    """Implements `flops.ports.BlobStreams`."""
+    """Implements `flops.ports.BlobStreams` and `flops.image_ports.ImageBlobs`."""
 
     def __init__(self) -> None:
         self._blobs: dict[Digest, bytes] = {}
@@ -49,6 +49,19 @@ class MemoryBlobs:
         data = self.get(digest)
         for start in range(0, len(data), 65_536):
             yield data[start : start + 65_536]
+
+    def part(self, digest: Digest, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes from `start` up to `stop`."""
+        if part := self.get(digest)[start:stop]:
+            yield part
+
+    def digests(self) -> list[Digest]:
+        """Every blob there is, sorted."""
+        return sorted(self._blobs)
+
+    def remove(self, digest: Digest) -> None:
+        """Remove a blob."""
+        self._blobs.pop(digest, None)
 
 
 class MemoryUpload:

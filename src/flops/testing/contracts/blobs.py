@@ -1,4 +1,4 @@
-"""What every `flops.ports.BlobStreams` does."""
+"""What every `flops.ports.BlobStreams` does, and every `flops.image_ports.ImageBlobs`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from flops.core.ids import Digest
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import BlobStreams
+from flops.image_ports import ImageBlobs
 
 ABSENT = Digest("0" * 64)
 
@@ -22,11 +22,11 @@ class BlobsContract:
     """Subclass it, and provide the fixture `blobs`."""
 
     @pytest.fixture
-    def blobs(self) -> BlobStreams:
+    def blobs(self) -> ImageBlobs:
         raise NotImplementedError
 
     @pytest.mark.parametrize("data", [b"", b"a", b"\x00" * 3_000_000], ids=["empty", "small", "large"])
-    def test_what_is_put_can_be_got(self, blobs: BlobStreams, data: bytes) -> None:
+    def test_what_is_put_can_be_got(self, blobs: ImageBlobs, data: bytes) -> None:
         digest = blobs.put(data)
         assert digest == digest_of(data)
         assert blobs.has(digest)
@@ -34,12 +34,12 @@ class BlobsContract:
         assert blobs.size(digest) == len(data)
         assert b"".join(blobs.chunks(digest)) == data
 
-    def test_the_same_bytes_again_change_nothing(self, blobs: BlobStreams) -> None:
+    def test_the_same_bytes_again_change_nothing(self, blobs: ImageBlobs) -> None:
         assert blobs.put(b"data") == blobs.put(b"data")
         assert blobs.get(digest_of(b"data")) == b"data"
 
     @pytest.mark.parametrize("digest", [ABSENT, Digest(""), Digest("../../etc/passwd"), Digest("A" * 64)])
-    def test_what_is_not_there_is_not_found(self, blobs: BlobStreams, digest: Digest) -> None:
+    def test_what_is_not_there_is_not_found(self, blobs: ImageBlobs, digest: Digest) -> None:
         assert not blobs.has(digest)
         for read in (blobs.get, blobs.size, lambda d: list(blobs.chunks(d))):
             with pytest.raises(FlopsError) as caught:
@@ -47,7 +47,7 @@ class BlobsContract:
             assert caught.value.code is ErrorCode.NOT_FOUND
             assert digest in caught.value.message
 
-    def test_an_upload_is_there_once_it_is_committed(self, blobs: BlobStreams) -> None:
+    def test_an_upload_is_there_once_it_is_committed(self, blobs: ImageBlobs) -> None:
         digest = digest_of(b"onetwo")
         upload = blobs.upload()
         upload.write(b"one")
@@ -57,7 +57,7 @@ class BlobsContract:
         upload.discard()
         assert blobs.get(digest) == b"onetwo"
 
-    def test_an_upload_with_another_digest_is_refused(self, blobs: BlobStreams) -> None:
+    def test_an_upload_with_another_digest_is_refused(self, blobs: ImageBlobs) -> None:
         upload = blobs.upload()
         upload.write(b"not zero")
         with pytest.raises(FlopsError) as caught:
@@ -67,14 +67,14 @@ class BlobsContract:
         assert not blobs.has(ABSENT)
         assert not blobs.has(digest_of(b"not zero"))
 
-    def test_a_discarded_upload_leaves_nothing(self, blobs: BlobStreams) -> None:
+    def test_a_discarded_upload_leaves_nothing(self, blobs: ImageBlobs) -> None:
         upload = blobs.upload()
         upload.write(b"data")
         upload.discard()
         upload.discard()
         assert not blobs.has(digest_of(b"data"))
 
-    def test_two_uploads_of_the_same_bytes_both_succeed(self, blobs: BlobStreams) -> None:
+    def test_two_uploads_of_the_same_bytes_both_succeed(self, blobs: ImageBlobs) -> None:
         first, second = blobs.upload(), blobs.upload()
         for upload in (first, second):
             upload.write(b"data")
@@ -82,3 +82,24 @@ class BlobsContract:
             upload.commit(digest_of(b"data"))
             upload.discard()
         assert blobs.get(digest_of(b"data")) == b"data"
+
+    def test_a_part_of_the_bytes_can_be_read(self, blobs: ImageBlobs) -> None:
+        data = bytes(range(256)) * 10_000
+        digest = blobs.put(data)
+        for start, stop in ((0, 0), (0, 1), (1_500_000, 1_500_001), (5, len(data)), (len(data), len(data))):
+            assert b"".join(blobs.part(digest, start, stop)) == data[start:stop]
+        with pytest.raises(FlopsError) as caught:
+            list(blobs.part(ABSENT, 0, 1))
+        assert caught.value.code is ErrorCode.NOT_FOUND
+
+    def test_what_is_removed_is_gone_and_can_be_put_again(self, blobs: ImageBlobs) -> None:
+        first, second = sorted([blobs.put(b"one"), blobs.put(b"two")])
+        assert blobs.digests() == [first, second]
+        blobs.remove(first)
+        blobs.remove(first)
+        blobs.remove(ABSENT)
+        assert blobs.digests() == [second]
+        assert not blobs.has(first)
+        blobs.put(b"one")
+        blobs.put(b"two")
+        assert blobs.digests() == [first, second]
