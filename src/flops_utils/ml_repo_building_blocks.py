@@ -42,6 +42,8 @@ def load_table() -> pa.Table:
             f"The ML data server of {source.node or 'this node'} at {source.address} does not answer: "
             f"{str(exc)[:300]}",
         )
+        if error.code is ErrorCode.UNAUTHENTICATED:
+            raise _stranger(source) from exc
         if error.code not in _EMPTY:
             raise error from exc
         raise _no_data(source) from exc
@@ -77,6 +79,15 @@ def _read(source: DataSource) -> pa.Table:
     with flight.FlightClient(f"grpc://{source.address}", generic_options=DIRECTLY) as client:
         options = flight.FlightCallOptions(headers=[bearer(source.token)])
         return client.do_get(flight.Ticket(ticket_for(query)), options).read_all()
+
+
+def _stranger(source: DataSource) -> FlopsError:
+    """The node made the token for its own data server: it has moved, and another has its port now."""
+    return FlopsError(
+        ErrorCode.UNREACHABLE,
+        f"At {source.address} is not the ML data server of {source.node or 'this node'} any more.",
+        hint="Nothing needs to be done: the learner is started again with the server's new address.",
+    )
 
 
 def _no_data(source: DataSource) -> FlopsError:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from flops.core.cluster import IMAGE_BUILDER_ADDON, Addon, AddonState, DataTag, Resources, ServiceState
 from flops.core.ids import ServiceId
+from flops.durable_file import write_durably
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.node.backoff import Backoff
 from flops.ports import DataCatalog, Runtime
@@ -24,6 +25,7 @@ CHECK_INTERVAL_S = 2.0
 QUICK_CHECK_INTERVAL_S = 0.1  # while it starts
 UNHEALTHY_AFTER_S = 20.0  # of starting
 _STOP_GRACE_S = 5.0
+_PORT_FILE = "port.json"  # the port it had, beside its data: devices know it
 
 _log = logging.getLogger(__name__)
 
@@ -166,9 +168,25 @@ class DataServerAddon:
         self._started_at_s = time.monotonic()
 
     def _choose_port(self) -> int:
-        if self._plan.port == 0 or self._is_port_taken or not _is_free(self._plan.host, self._plan.port):
+        """The port it had before, that devices know; else the one asked for; else any (0)."""
+        if self._is_port_taken:
             return 0
-        return self._plan.port
+        wanted = (self._kept_port(), self._plan.port)
+        return next((port for port in wanted if port and _is_free(self._plan.host, port)), 0)
+
+    def _kept_port(self) -> int:
+        """The port it had last; 0 when there was none, or another one is asked for since."""
+        try:
+            kept = json.loads((self._plan.folder / _PORT_FILE).read_text())
+            return int(kept["port"]) if kept["asked"] == self._plan.port else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _keep_port(self) -> None:
+        port = endpoint_port(self._plan.folder)
+        if port and port != self._kept_port():
+            kept = json.dumps({"asked": self._plan.port, "port": port})
+            write_durably(self._plan.folder / _PORT_FILE, kept + "\n")
 
     def _take_end(self, exit_code: int | None) -> float:
         self._started_at_s = None
@@ -200,6 +218,7 @@ class DataServerAddon:
             self._set(AddonState.UNHEALTHY, error.message)
             return CHECK_INTERVAL_S
         self._pauses.reset()
+        self._keep_port()
         self._set(AddonState.HEALTHY, self._port_sentence())
         return CHECK_INTERVAL_S
 
@@ -207,7 +226,7 @@ class DataServerAddon:
         port = endpoint_port(self._plan.folder)
         if self._plan.port in {0, port}:
             return ""
-        return f"Port {self._plan.port} is taken by another program: the data server listens on port {port}."
+        return f"Port {self._plan.port} was taken by another program: the data server listens on port {port}."
 
     def _set(self, state: AddonState, detail: str) -> None:
         if state is not self._state.state:

@@ -99,6 +99,14 @@ def test_a_server_that_is_away_is_told() -> None:
     assert caught.value.code is ErrorCode.UNREACHABLE
 
 
+def test_another_servers_address_is_told_as_one_that_does_not_answer(address: str) -> None:
+    use(address, "numbers", token=mint_token("that of another server", Scope(Right.READ, ("numbers",))))
+    with pytest.raises(FlopsError) as caught:
+        load_table()
+    assert caught.value.code is ErrorCode.UNREACHABLE
+    assert address in caught.value.message
+
+
 def test_outside_of_a_learner_there_is_no_data() -> None:
     use_source(None)
     with pytest.raises(FlopsError) as caught:

@@ -35,6 +35,7 @@ class PlayedServer:
         self.starts: list[Sequence[str]] = []
         self.problem: FlopsError | None = None
         self.answers: list[DataTag] = []
+        self.port = 4242
 
     def start(
         self,
@@ -48,7 +49,7 @@ class PlayedServer:
             raise self.problem
         self.starts.append(argv)
         self.is_running = True
-        port = int(argv[-1]) or 4242
+        port = int(argv[-1]) or self.port
         (self.folder / "endpoint.json").write_text(json.dumps({"port": port}))
 
     def die(self, exit_code: int) -> None:
@@ -135,7 +136,29 @@ def test_a_port_that_another_program_has_is_left_to_it(server: PlayedServer) -> 
     with taken_port() as port:
         state = check_until(make_addon(server, port), is_healthy)
     assert server.starts == [("server", "--port", "0")]
-    assert state.detail == f"Port {port} is taken by another program: the data server listens on port 4242."
+    assert state.detail == f"Port {port} was taken by another program: the data server listens on port 4242."
+
+
+def test_a_server_keeps_its_port_over_restarts(server: PlayedServer) -> None:
+    """Devices know it, and another node's server on this machine may ask for the same one."""
+    with taken_port() as asked:
+        addon = make_addon(server, asked)
+        server.port = free_port()
+        check_until(addon, is_healthy)
+    server.die(-9)
+    check_until(addon, lambda addon: addon.state is AddonState.UNHEALTHY)
+    check_until(addon, is_healthy)
+    server.die(-9)
+    check_until(make_addon(server, asked), is_healthy)
+    assert [int(start[-1]) for start in server.starts] == [0, server.port, server.port]
+
+
+def test_a_port_that_is_asked_for_anew_wins_over_the_kept_one(server: PlayedServer) -> None:
+    first, second = free_port(), free_port()
+    check_until(make_addon(server, first), is_healthy)
+    server.die(-9)
+    check_until(make_addon(server, second), is_healthy)
+    assert [int(start[-1]) for start in server.starts] == [first, second]
 
 
 def test_a_port_that_was_taken_meanwhile_likewise(server: PlayedServer) -> None:
