@@ -25,6 +25,7 @@ from flops.core.cluster import (
 from flops.core.dataset import Damage, Fragment, TagLimits
 from flops.core.effects import Effect
 from flops.core.ids import Digest, EnvironmentKey, ProjectId, ServiceId
+from flops.core.output import Output
 from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository
 from flops.core.reach import Reach
 
@@ -217,8 +218,10 @@ class Orchestrator(Protocol):
         """Stop a service and have its files removed from its node. An unknown service is no error."""
         ...
 
-    def service_logs(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
-        """The end of a service's output.
+    def service_logs(
+        self, service_id: ServiceId, *, after: int | None = None, tail_bytes: int = 65_536
+    ) -> Output:
+        """What follows a place in a service's output, or its end when `after` is None; `tail_bytes` at most.
 
         Raises: FlopsError: ``service_not_found``, ``node_lost``, ``timeout``.
         """
@@ -383,6 +386,10 @@ class Runtime(Protocol):
 
     def output(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
         """The end of the service's output, also after its end; "" when there is none."""
+        ...
+
+    def read_output(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
+        """What follows a place in the service's output, over restarts; its end when `after` is None."""
         ...
 
     def limits(self) -> tuple[tuple[str, ...], str]:

@@ -13,6 +13,7 @@ from flops.adapters.memory_cluster_store import MemoryClusterStore
 from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.core.cluster import NodeFacts, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
+from flops.core.output import piece_of
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
 from flops.ports import ClusterStore
 from flops.testing.contracts.orchestrator import ClusterUnderTest, OrchestratorContract
@@ -55,8 +56,14 @@ class _PlayedNode:
     def send(self, message: FromCluster) -> None:
         if isinstance(message, FetchLogs):
             output = self.outputs.get(message.service_id, "").encode()
-            text = output[max(0, len(output) - message.tail_bytes) :].decode()
-            answer = CommandResult(request_id=message.request_id, text=text)
+            piece = piece_of(
+                lambda start, end: output[start:end],
+                0,
+                len(output),
+                after=message.after,
+                limit_bytes=message.tail_bytes,
+            )
+            answer = CommandResult(request_id=message.request_id, output=piece)
             self.cluster.later(lambda: self.say(answer))
 
     def close(self, reason: str) -> None:

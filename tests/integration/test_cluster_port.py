@@ -24,6 +24,7 @@ from flops.adapters.memory_blobs import MemoryBlobs
 from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.core.cluster import NodeFacts, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
+from flops.core.output import Output
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
@@ -254,12 +255,13 @@ def test_output_is_fetched(cluster: Cluster) -> None:
     with cluster.node() as node, ThreadPoolExecutor(1) as pool:
         cluster.orchestrator.start_service(spec())
         node.expect(StartService)
-        answer = pool.submit(cluster.orchestrator.service_logs, ServiceId("s1"), tail_bytes=10)
+        answer = pool.submit(cluster.orchestrator.service_logs, ServiceId("s1"), after=7, tail_bytes=10)
         asked = node.expect(FetchLogs)
-        assert (asked.service_id, asked.tail_bytes) == ("s1", 10)
-        node.say(CommandResult(request_id="of somebody else", text="no"))
-        node.say(CommandResult(request_id=asked.request_id, text="Epoch 1\n"))
-        assert answer.result(timeout=5) == "Epoch 1\n"
+        assert (asked.service_id, asked.after, asked.tail_bytes) == ("s1", 7, 10)
+        sent = Output(text="Epoch 1\n", start=7, end=15, total=20)
+        node.say(CommandResult(request_id="of somebody else", output=Output(text="no")))
+        node.say(CommandResult(request_id=asked.request_id, output=sent))
+        assert answer.result(timeout=5) == sent
 
 
 def test_output_that_does_not_come_is_an_error(cluster: Cluster) -> None:

@@ -213,7 +213,7 @@ def test_a_service_runs_with_everything_it_needs(joined: PlayedNode, cluster: Cl
     assert variables["OMP_NUM_THREADS"] == "2"
     assert variables["PYTHONPATH"] == told["kit_dir"]
     assert "PYTEST_CURRENT_TEST" not in variables
-    assert cluster.orchestrator.service_logs(ServiceId("learner-p1-0")) == "said\n"
+    assert cluster.orchestrator.service_logs(ServiceId("learner-p1-0")).text == "said\n"
 
 
 def test_events_come_in_order_and_before_the_end(joined: PlayedNode, cluster: Cluster) -> None:
@@ -365,7 +365,7 @@ def test_an_ended_service_gives_back_its_folder_and_keeps_its_output(
     cluster.wait_for(ServiceState.COMPLETED)
     (folder,) = joined.home.glob("services/*")
     until(lambda: not (folder / "work").exists(), "the removal of its work")
-    assert "the last words" in cluster.orchestrator.service_logs(ServiceId("learner-p1-0"))
+    assert "the last words" in cluster.orchestrator.service_logs(ServiceId("learner-p1-0")).text
     joined.kill()
     joined.start()
     until(cluster.is_connected)

@@ -8,6 +8,7 @@ from typing import Any
 
 from flops.core.cluster import ClusterEvent, Node, Service, ServiceSpec, ServiceState, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
+from flops.core.output import Output, piece_of
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Clock
 
@@ -86,8 +87,10 @@ class MemoryOrchestrator:
                 self._lines.pop(service_id, None)
         self._wake()
 
-    def service_logs(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
-        """The end of what stands in `logs`.
+    def service_logs(
+        self, service_id: ServiceId, *, after: int | None = None, tail_bytes: int = 65_536
+    ) -> Output:
+        """What follows a place in what stands in `logs`, or its end.
 
         Raises:
             FlopsError: ``service_not_found``, ``node_lost``.
@@ -100,7 +103,9 @@ class MemoryOrchestrator:
             if not node.is_connected:
                 raise FlopsError(ErrorCode.NODE_LOST, f"Node {node.name}, which has {service_id}, is away.")
             output = self.logs.get(service_id, "").encode()
-        return output[max(0, len(output) - tail_bytes) :].decode(errors="replace")
+        return piece_of(
+            lambda start, end: output[start:end], 0, len(output), after=after, limit_bytes=tail_bytes
+        )
 
     def events(self, *, after: int) -> list[ClusterEvent]:
         """Events with a `seq` above `after`, in order."""

@@ -20,8 +20,10 @@ import psutil
 
 from flops.adapters import confinement
 from flops.adapters import service_shim as shim
+from flops.adapters.output_files import open_parts, remove_output
 from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
+from flops.core.output import Output, piece_of
 from flops.core.reach import Reach
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
@@ -106,6 +108,8 @@ class ProcessRuntime:
         folder = self._folder(service_id)
         if self._living_shim(folder) is not None:
             return
+        attempt = int((_read_json(folder / shim.LAUNCH_FILE) or {}).get("attempt", 0)) + 1
+        before = self.status(service_id)
         self._sweep(service_id)
         try:
             self._output_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -123,6 +127,8 @@ class ProcessRuntime:
             "cwd": str(work_dir),
             "output": str(self._output_dir / f"{service_id}.log"),
             "output_bytes": self._output_bytes,
+            "attempt": attempt,
+            "heading": "" if before is None else _heading(attempt, before),
             "groups": [str(group) for group in groups],
             "oom_files": [str(file) for group in groups if (file := self._limiter.oom_file(group))],
             "confinement": confined,
@@ -189,9 +195,7 @@ class ProcessRuntime:
         """Stop the service and forget it, with its output."""
         self.stop(service_id, grace_s=0.0)
         folder = self._folder(service_id)
-        output = self._output_path(service_id)
-        for path in (output, output.with_name(f"{output.name}.1")):
-            path.unlink(missing_ok=True)
+        remove_output(self._output_path(service_id))
         shutil.rmtree(folder, ignore_errors=True)
         self._samples.pop(service_id, None)
 
@@ -224,13 +228,18 @@ class ProcessRuntime:
 
     def output(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
         """The end of the service's output; "" when there is none."""
-        path = self._output_path(service_id)
-        text = b""
-        for part in (path, path.with_name(f"{path.name}.1")):
-            missing = tail_bytes - len(text)
-            if missing > 0:
-                text = _tail(part, missing) + text
-        return text.decode(errors="replace")
+        return self.read_output(service_id, None, tail_bytes).text
+
+    def read_output(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
+        """What follows a place in the service's output, over restarts; its end when `after` is None."""
+        with open_parts(self._output_path(service_id)) as parts:
+            return piece_of(
+                lambda start, end: b"".join(part.read(start, end) for part in parts),
+                parts[0].place if parts else 0,
+                parts[-1].end if parts else 0,
+                after=after,
+                limit_bytes=limit_bytes,
+            )
 
     def limits(self) -> tuple[tuple[str, ...], str]:
         """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
@@ -287,6 +296,11 @@ def _fresh_folder(path: Path) -> Path:
     return path
 
 
+def _heading(attempt: int, before: ServiceStatus) -> str:
+    why = before.detail or "It had done its work."
+    return f"── started again (attempt {attempt}): {why}"
+
+
 def _ended(service_id: ServiceId, record: Mapping[str, Any]) -> ServiceStatus:
     code = record.get("exit_code")
     if record.get("is_stopped"):
@@ -336,15 +350,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return raw if isinstance(raw, dict) else None
-
-
-def _tail(path: Path, limit_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
-            return file.read(limit_bytes)
-    except OSError:
-        return b""
 
 
 def _wait(is_true: Callable[[], bool], timeout_s: float) -> bool:

@@ -6,7 +6,8 @@ together, also those that left their session, and leaves ``FOLDER/exit.json``. I
 only, because it runs without site-packages: it must start in milliseconds and stay small.
 
 ``launch.json``: ``argv``, ``env``, ``cwd``, ``output`` (path), ``output_bytes`` (size of one output file, two
-are kept), ``groups`` (control groups to join), ``oom_files`` (files that count kills for want of memory),
+are kept), ``heading`` (line to begin the output with, or ""), ``groups`` (control groups to join),
+``oom_files`` (files that count kills for want of memory),
 ``confinement`` (null, or the fields of `flops.adapters.confinement.Confinement`).
 SIGTERM ends the service: politely, then after the seconds in ``stop.json`` for good.
 """
@@ -30,6 +31,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[2]))  # where our own modules are
 
 from flops.adapters.confinement import Confinement, confine
+from flops.adapters.output_files import OutputWriter
 
 LAUNCH_FILE = "launch.json"
 SHIM_FILE = "shim.json"
@@ -105,41 +107,15 @@ def write_durably(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-class Output:
-    """The service's output: one file of bounded size, and the one before it."""
-
-    def __init__(self, path: Path, limit_bytes: int) -> None:
-        self._path = path
-        self._limit_bytes = limit_bytes
-        self._open()
-
-    def _open(self) -> None:
-        self._descriptor = -1
-        self._size = 0
-        with contextlib.suppress(OSError):
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._descriptor = os.open(self._path, flags, 0o600)
-            self._size = os.fstat(self._descriptor).st_size
-
-    def write(self, data: bytes) -> None:
-        """Append; what a full disk does not take is dropped, since the service must never wait for it."""
-        if self._size + len(data) > self._limit_bytes:
-            with contextlib.suppress(OSError):
-                os.close(self._descriptor)
-            with contextlib.suppress(OSError):
-                self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-            self._open()
-        with contextlib.suppress(OSError):
-            self._size += os.write(self._descriptor, data)
-
-
 class Shim:
     """Runs one service from its start to the end of its last process."""
 
     def __init__(self, folder: Path, launch: dict[str, Any]) -> None:
         self._folder = folder
         self._launch = launch
-        self._output = Output(Path(launch["output"]), int(launch["output_bytes"]))
+        self._output = OutputWriter(Path(launch["output"]), int(launch["output_bytes"]))
+        if launch["heading"]:
+            self._output.write_line(launch["heading"])
         self._exit_code: int | None = None
         self._problem = ""
         self._is_asked_to_stop = False

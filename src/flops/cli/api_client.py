@@ -188,8 +188,12 @@ def project_path(project_id: str) -> str:
     return f"/projects/{quote(project_id, safe='')}"
 
 
-def _given(query: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in query.items() if value is not None}
+def _given(query: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    return {
+        name: value if isinstance(value, list) else str(value)
+        for name, value in query.items()
+        if value is not None
+    }
 
 
 def _host_of(url: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +11,9 @@ from flops.cli.connection import connected, read_sla
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, print_table, say, timestamp
 from flops.errors import ErrorCode, FlopsError
 
-if TYPE_CHECKING:
-    from flops.cli.api_client import ApiClient
-    from flops.wire.rest import ServiceLog
-
 project = typer.Typer(help="Submit, watch and control projects.", no_args_is_help=True)
 
 ProjectIdArgument = Annotated[str, typer.Argument(help="Id of the project.")]
-
-_FOLLOW_EVERY_S = 1.0
-_FOLLOW_TAIL_BYTES = 1_048_576
-_ANCHOR_LENGTH = 200
 
 
 @project.command()
@@ -122,20 +113,18 @@ def logs(
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Print the end of the output of a project's services."""
+    from flops.cli.project_logs import fetch_logs, follow_logs, show_logs
+
     if follow and output_format is OutputFormat.JSON:
         raise FlopsError(ErrorCode.USAGE, "--follow prints lines as they come; it has no JSON format.")
     with connected() as api:
         if follow:
-            _follow_logs(api, project_id, service)
+            follow_logs(api, project_id, service)
             return
-        found = _fetch_logs(api, project_id, service)
-
-    def show_logs() -> None:
-        for log in found:
-            print_line(f"── {log.service_id} on {log.node}: {log.state}")
-            print_line(log.text.rstrip())
-
-    print_data(found, output_format, show_logs)
+        found = fetch_logs(api, project_id, service)
+    if not found:
+        say(f"Project {project_id} has no {service or 'service'} yet.")
+    print_data(found, output_format, lambda: show_logs(found))
 
 
 @project.command()
@@ -182,49 +171,3 @@ def resolve_repository(url: Any, folder: Path) -> str:
             hint="Give a Git URL (https, ssh, file), or the path of a repository, from the SLA's folder on.",
         )
     return repository.as_uri()
-
-
-def _fetch_logs(
-    api: ApiClient, project_id: str, service: str | None, tail_bytes: int | None = None
-) -> tuple[ServiceLog, ...]:
-    from flops.cli.api_client import project_path
-    from flops.core.cluster import ServiceKind
-    from flops.wire.rest import ProjectLogs
-
-    path = f"{project_path(project_id)}/logs"
-    if service not in set(ServiceKind):
-        return api.get(path, ProjectLogs, service=service, tail_bytes=tail_bytes).services
-    found = api.get(path, ProjectLogs, tail_bytes=tail_bytes).services
-    return tuple(log for log in found if log.kind == service)
-
-
-def _follow_logs(api: ApiClient, project_id: str, service: str | None) -> None:
-    printed: dict[str, str] = {}
-    last = ""
-    while True:
-        is_over = api.project(project_id).stage.is_final
-        for log in _fetch_logs(api, project_id, service, _FOLLOW_TAIL_BYTES):
-            news = new_output(printed.get(log.service_id, ""), log.text)
-            printed[log.service_id] = log.text
-            if news and log.service_id != last:
-                print_line(f"── {log.service_id} on {log.node}")
-                last = log.service_id
-            if news:
-                print_line(news.rstrip("\n"))
-        if is_over:
-            return
-        time.sleep(_FOLLOW_EVERY_S)
-
-
-def new_output(before: str, now: str) -> str:
-    """What `now` has beyond `before`, when both are the last bytes of one growing text."""
-    if now.startswith(before):
-        return now[len(before) :]
-    anchor = before[-_ANCHOR_LENGTH:]
-    position = now.rfind(anchor)
-    while position >= 0:
-        known = now[: position + len(anchor)]
-        if before.endswith(known):
-            return now[len(known) :]
-        position = now.rfind(anchor, 0, position + len(anchor) - 1)
-    return now

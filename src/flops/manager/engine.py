@@ -28,6 +28,7 @@ from flops.core.health import ExaminedNode, examine_nodes
 from flops.core.ids import ProjectId, ServiceId
 from flops.core.lifecycle import IllegalTransitionError, Step, new_project, step
 from flops.core.mock_progress import RUNNING
+from flops.core.output import Output
 from flops.core.project import Failure, MockData, Project, ProjectEvent, Stage
 from flops.core.sla import MockDataSla, ProjectSla, TrainingMode
 from flops.errors import ErrorCode, FlopsError
@@ -206,13 +207,13 @@ class Engine:
         """All services of the cluster, or those of one project."""
         return self._orchestrator.services(project_id)
 
-    def service_logs(self, service_id: ServiceId, *, tail_bytes: int) -> str:
-        """The end of a service's output.
+    def service_logs(self, service_id: ServiceId, *, after: int | None, tail_bytes: int) -> Output:
+        """What follows a place in a service's output, or its end; `tail_bytes` at most.
 
         Raises:
-            FlopsError: ``service_not_found``, ``node_lost``, ``timeout``.
+            FlopsError: ``service_not_found``, ``node_lost``, ``timeout``, ``forbidden`` by the node.
         """
-        return self._orchestrator.service_logs(service_id, tail_bytes=tail_bytes)
+        return self._orchestrator.service_logs(service_id, after=after, tail_bytes=tail_bytes)
 
     def subscribe(self, wake: Callable[[ProjectId], None]) -> Callable[[], None]:
         """Have `wake` called, from any thread, when a project changed; also, with "", at the engine's end.

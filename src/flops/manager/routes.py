@@ -11,13 +11,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from flops.core.cluster import Service
-from flops.core.ids import ProjectId, ServiceId
+from flops.core.ids import ProjectId
 from flops.core.project import Project
 from flops.core.sla import MockDataSla, ProjectSla, parse_mock_data_sla, parse_project_sla
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.bodies import read_json_object, receive_blob
 from flops.manager.engine import Engine
 from flops.manager.event_stream import stream_events
+from flops.manager.project_logs import read_logs
 from flops.ports import BlobStreams
 from flops.wire.rest import (
     BlobStored,
@@ -32,12 +33,11 @@ from flops.wire.rest import (
     ProjectList,
     ProjectLogs,
     ServiceList,
-    ServiceLog,
     TrackingServer,
 )
 
 JsonObject = Annotated[dict[str, Any], Depends(read_json_object)]
-TailBytes = Annotated[int, Query(ge=1, le=1_048_576, description="length of each log's end")]
+TailBytes = Annotated[int, Query(ge=1, le=1_048_576, description="how much of each at most")]
 
 _SLA_BODY = {"$ref": f"#/components/schemas/{ProjectSla.__name__}"}
 _MOCK_BODY = {
@@ -96,30 +96,16 @@ def _add_project_actions(router: APIRouter, engine: Engine) -> None:
     @router.get("/projects/{project_id}/logs", tags=["projects"])
     def show_logs(
         project_id: str,
-        service: Annotated[str | None, Query(description="only this service")] = None,
+        service: Annotated[
+            str | None, Query(description="only this service, or services of this kind")
+        ] = None,
+        after: Annotated[
+            list[str] | None, Query(description="where to begin: SERVICE:PLACE, or PLACE")
+        ] = None,
         tail_bytes: TailBytes = 65_536,
     ) -> ProjectLogs:
-        """The ends of the outputs of a project's services."""
-        engine.get(ProjectId(project_id))
-        services = engine.services(project_id)
-        if service is not None:
-            services = [s for s in services if s.spec.id == service]
-            if not services:
-                raise FlopsError(
-                    ErrorCode.SERVICE_NOT_FOUND, f"Project {project_id} has no service {service!r}."
-                )
-        names = {node.id: node.name for node in engine.nodes()}
-        logs = [
-            ServiceLog(
-                service_id=s.spec.id,
-                kind=s.spec.kind.value,
-                node=names.get(s.spec.node_id, s.spec.node_id),
-                state=s.status.state.value,
-                text=_log_text(engine, s, tail_bytes, is_only_one=service is not None),
-            )
-            for s in services
-        ]
-        return ProjectLogs(services=tuple(logs))
+        """The outputs of a project's services: their ends, or what follows the given places."""
+        return read_logs(engine, ProjectId(project_id), service, after or (), tail_bytes)
 
     @router.post("/projects/{project_id}/stop", tags=["projects"])
     def stop_project(project_id: str) -> Message:
@@ -210,16 +196,6 @@ async def _check_customer(request: Request) -> None:
     customer = (await read_json_object(request)).get("customerID", "Admin")
     if customer != "Admin":
         raise FlopsError(ErrorCode.FORBIDDEN, "Only Admins are allowed to reset the database!")
-
-
-def _log_text(engine: Engine, service: Service, tail_bytes: int, *, is_only_one: bool) -> str:
-    """A service's output; among several, one that cannot be had says why, and hides none of the others."""
-    try:
-        return engine.service_logs(ServiceId(service.spec.id), tail_bytes=tail_bytes)
-    except FlopsError as exc:
-        if is_only_one:
-            raise
-        return f"(not available: {exc.message})"
 
 
 def _without_config(service: Service) -> Service:

@@ -241,7 +241,7 @@ class Session:
     def _logs(self, request: FetchLogs) -> CommandResult:
         tail_bytes = min(max(request.tail_bytes, 0), _MAX_TAIL_BYTES)
         try:
-            text = self._supervisor.output(ServiceId(request.service_id), tail_bytes)
+            output = self._supervisor.output(ServiceId(request.service_id), request.after, tail_bytes)
         except FlopsError as error:
             return CommandResult(request_id=request.request_id, error=error.to_dict())
-        return CommandResult(request_id=request.request_id, text=text)
+        return CommandResult(request_id=request.request_id, output=output)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
+from flops.core.output import Output
 from flops.disclosure import withheld_output
 from flops.errors import ErrorCode, FlopsError
 from flops.node.disk_guard import DiskGuard
@@ -191,8 +192,8 @@ class Supervisor:
         """The event log of a service."""
         return ServiceFolder(self._root / folder_name(service_id)).events
 
-    def output(self, service_id: ServiceId, tail_bytes: int) -> str:
-        """The end of a service's output, as far as the operator lets others see it.
+    def output(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
+        """What follows a place in a service's output, or its end, if the operator lets others see it.
 
         Raises:
             FlopsError: ``service_not_found``, ``forbidden``.
@@ -204,7 +205,7 @@ class Supervisor:
         site = self._preparer.site
         if site.hides_output(runner.spec.kind):
             raise withheld_output(service_id, site.name)
-        return self._runtime.output(service_id, tail_bytes=tail_bytes)
+        return self._runtime.read_output(service_id, after, limit_bytes)
 
     def _start_new(self, spec: ServiceSpec) -> None:
         try:

@@ -22,6 +22,7 @@ from flops.core.cluster import (
     ServiceStatus,
 )
 from flops.core.ids import NodeId, ServiceId
+from flops.core.output import Output
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.log_requests import ANSWER_TIMEOUT_S, LogRequests
 from flops.orchestrator.records import ClusterRecords
@@ -173,8 +174,10 @@ class ClusterOrchestrator:
             self._records.remove_service(service_id)
             self._send(service.spec.node_id, RemoveService(service_id=service_id))
 
-    def service_logs(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
-        """The end of a service's output, at most 1 MiB.
+    def service_logs(
+        self, service_id: ServiceId, *, after: int | None = None, tail_bytes: int = 65_536
+    ) -> Output:
+        """What follows a place in a service's output, or its end when `after` is None; at most 1 MiB.
 
         Raises:
             FlopsError: ``service_not_found``, ``node_lost``, ``timeout``, or what the node answered.
@@ -188,7 +191,7 @@ class ClusterOrchestrator:
             if session is None:
                 raise FlopsError(ErrorCode.NODE_LOST, f"Node {node.name}, which has {service_id}, is away.")
             tail_bytes = min(max(tail_bytes, 0), _MAX_TAIL_BYTES)
-            request = self._log_requests.begin(node.id, service_id, tail_bytes)
+            request = self._log_requests.begin(node.id, service_id, after, tail_bytes)
             session.link.send(request.command)
         return self._log_requests.wait(request, node.name)
 

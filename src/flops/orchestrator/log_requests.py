@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from flops.core.ids import NodeId, ServiceId
+from flops.core.output import Output
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.node import CommandResult, FetchLogs
 
@@ -35,15 +36,17 @@ class LogRequests:
         self._lock = threading.Lock()
         self._open: dict[str, LogRequest] = {}
 
-    def begin(self, node_id: NodeId, service_id: ServiceId, tail_bytes: int) -> LogRequest:
+    def begin(self, node_id: NodeId, service_id: ServiceId, after: int | None, tail_bytes: int) -> LogRequest:
         """Make a request and remember it."""
-        command = FetchLogs(request_id=uuid.uuid4().hex, service_id=service_id, tail_bytes=tail_bytes)
+        command = FetchLogs(
+            request_id=uuid.uuid4().hex, service_id=service_id, after=after, tail_bytes=tail_bytes
+        )
         request = LogRequest(node_id, command, Future())
         with self._lock:
             self._open[command.request_id] = request
         return request
 
-    def wait(self, request: LogRequest, node_name: str) -> str:
+    def wait(self, request: LogRequest, node_name: str) -> Output:
         """Wait for a request's answer, and forget the request.
 
         Raises:
@@ -62,7 +65,7 @@ class LogRequests:
                 self._open.pop(request.command.request_id, None)
         if result.error is not None:
             raise FlopsError.from_dict(result.error)
-        return result.text
+        return result.output
 
     def answer(self, node_id: NodeId, result: CommandResult) -> None:
         """Take in a node's answer; one that nobody waits for is ignored."""

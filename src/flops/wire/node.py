@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from flops.core.cluster import Addon, DataTag, NodeFacts, NodeLoad, ServiceSpec, ServiceStatus
 from flops.core.model import Value
+from flops.core.output import Output
 
 PROTOCOL_VERSION = 1
 
@@ -67,7 +68,7 @@ class CommandResult(Value):
 
     type: Literal["command_result"] = "command_result"
     request_id: str
-    text: str = ""
+    output: Output = Output()
     error: dict[str, Any] | None = None
 
 
@@ -123,12 +124,13 @@ class RemoveService(Value):
 
 
 class FetchLogs(Value):
-    """Cluster: send the end of this service's output."""
+    """Cluster: send what follows the place `after` in this service's output; its end when it is None."""
 
     type: Literal["fetch_logs"] = "fetch_logs"
     request_id: str
     service_id: str
-    tail_bytes: int = 65_536
+    after: int | None = None
+    tail_bytes: int = 65_536  # at most
 
 
 class Acknowledged(Value):

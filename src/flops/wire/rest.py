@@ -8,7 +8,7 @@
 | GET /api/flops/projects | | `ProjectList` |
 | GET /api/flops/projects/{id} | | `Project` |
 | GET /api/flops/projects/{id}/events?after=N&follow=true | | server-sent events, each a `ProjectEvent` |
-| GET /api/flops/projects/{id}/logs?service=ID&tail_bytes=N | | `ProjectLogs` |
+| GET /api/flops/projects/{id}/logs?service=ID&after=ID:N&tail_bytes=N | | `ProjectLogs` |
 | POST /api/flops/projects/{id}/stop | | `Message` |
 | DELETE /api/flops/projects/{id} | | `Message` |
 | POST /api/flops/mocks | mock-data SLA, optional `dataset_blob` beside its keys | `MockDataCreated` |
@@ -87,13 +87,17 @@ class ProjectList(Value):
 
 
 class ServiceLog(Value):
-    """The end of one service's output."""
+    """A piece of one service's output; the places are those of `flops.core.output`."""
 
     service_id: str
     kind: str
     node: str
     state: str
-    text: str
+    text: str = ""
+    start: int = 0
+    end: int = 0  # what to ask for next, as `after`
+    total: int = 0
+    problem: str = ""  # why there is no text, in a sentence
 
 
 class ProjectLogs(Value):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flops.cli.output import say
-from flops.cli.project_commands import new_output, resolve_repository
+from flops.cli.project_commands import resolve_repository
 from flops.core.cluster import ServiceState
 from flops.core.ids import ProjectId, ServiceId
 from flops.core.project import Stage
@@ -278,6 +278,7 @@ def test_logs_of_all_services_of_a_kind_and_of_one(flops: Flops, manager: Manage
     assert [log["service_id"] for log in data] == [builder]
     unknown = flops("project", "logs", project_id, "--service", "nothing")
     assert unknown.exit_code == CATALOGUE[ErrorCode.SERVICE_NOT_FOUND].exit_code
+    assert f"Hint: Its services are: {builder}." in unknown.err
     manager.cluster.engine.stop(project_id)
     followed = flops("project", "logs", project_id, "--follow")
     assert followed.out.count("building") == 1
@@ -335,23 +336,3 @@ def test_paths_become_urls_and_urls_stay(tmp_path: Path) -> None:
     with pytest.raises(FlopsError, match="there is no folder") as raised:
         resolve_repository("./nothing", tmp_path)
     assert raised.value.code is ErrorCode.REPO_UNREACHABLE
-
-
-LINES = "".join(f"line {number}\n" for number in range(200))
-SAME = "the same\n" * 100
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "news"),
-    [
-        ("", "a\n", "a\n"),
-        ("a\n", "a\nb\n", "b\n"),
-        ("a\n", "a\n", ""),
-        ("a\n", "completely other\n", "completely other\n"),
-        (LINES, LINES[500:] + "more\n", "more\n"),  # the window has moved on
-        (LINES, LINES[503:] + "more\n", "more\n"),
-        (SAME + "x\n", SAME[90:] + "x\n" + SAME, SAME),
-    ],
-)
-def test_new_output_is_what_was_not_there_before(before: str, now: str, news: str) -> None:
-    assert new_output(before, now) == news

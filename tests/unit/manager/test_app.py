@@ -285,10 +285,15 @@ def test_logs_of_a_projects_services(api: Api) -> None:
     assert log["text"] == "resolving\ndone\n"
     answer = api.client.get(path, params={"service": builder, "tail_bytes": 5})
     assert answer.json()["services"][0]["text"] == "done\n"
+    assert answer.json() == api.client.get(path, params={"service": "builder", "tail_bytes": 5}).json()
+    for after in (f"{builder}:10", "10", ["0", f"{builder}:10"]):
+        (log,) = api.client.get(path, params={"after": after}).json()["services"]
+        assert (log["text"], log["start"], log["end"], log["total"]) == ("done\n", 10, 15, 15)
+    assert "'x'" in assert_error(api.client.get(path, params={"after": "x"}), ErrorCode.USAGE).message
     assert_error(api.client.get(path, params={"service": "other"}), ErrorCode.SERVICE_NOT_FOUND)
     node = next(n for n in api.cluster.orchestrator.nodes() if n.name == "alpha")
     api.cluster.orchestrator.leave(node.id)
-    assert "not available" in api.client.get(path).json()["services"][0]["text"]
+    assert "alpha" in api.client.get(path).json()["services"][0]["problem"]
     assert_error(api.client.get(path, params={"service": builder}), ErrorCode.NODE_LOST)
 
 

@@ -24,6 +24,7 @@ from flops.core.cluster import (
     ServiceUsage,
 )
 from flops.core.ids import Digest, NodeId, ServiceId
+from flops.core.output import Output, piece_of
 from flops.core.project import Environment
 from flops.core.reach import Reach
 from flops.errors import ErrorCode, FlopsError
@@ -112,7 +113,13 @@ class MemoryRuntime:
         return ServiceUsage(processes=1)
 
     def output(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
-        return "0123456789"[-tail_bytes:]
+        return self.read_output(service_id, None, tail_bytes).text
+
+    def read_output(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
+        text = b"0123456789"
+        return piece_of(
+            lambda start, end: text[start:end], 0, len(text), after=after, limit_bytes=limit_bytes
+        )
 
     def limits(self) -> tuple[tuple[str, ...], str]:
         return (), "none"
@@ -394,11 +401,14 @@ def test_the_output_is_sent(world: World) -> None:
     world.order(
         FetchLogs(request_id="r1", service_id=S1, tail_bytes=3),
         FetchLogs(request_id="r2", service_id="unknown"),
+        FetchLogs(request_id="r3", service_id=S1, after=4, tail_bytes=3),
     )
-    first, second = world.connection.of(CommandResult)
+    first, second, third = world.connection.of(CommandResult)
     assert isinstance(first, CommandResult)
     assert isinstance(second, CommandResult)
-    assert (first.request_id, first.text) == ("r1", "789")
+    assert isinstance(third, CommandResult)
+    assert (first.request_id, first.output.text) == ("r1", "789")
+    assert third.output == Output(text="456", start=4, end=7, total=10)
     assert second.error is not None
     assert second.error["code"] == ErrorCode.SERVICE_NOT_FOUND.value
 

@@ -261,8 +261,19 @@ class OrchestratorContract:
         cluster.join(NODE, "pi-1")
         cluster.orchestrator.start_service(learner())
         cluster.show_output(LEARNER, "first\nsecond\n")
-        assert cluster.orchestrator.service_logs(LEARNER) == "first\nsecond\n"
-        assert cluster.orchestrator.service_logs(LEARNER, tail_bytes=7) == "second\n"
+        assert cluster.orchestrator.service_logs(LEARNER).text == "first\nsecond\n"
+        assert cluster.orchestrator.service_logs(LEARNER, tail_bytes=7).text == "second\n"
+
+    def test_output_is_fetched_from_a_place_on(self, cluster: ClusterUnderTest) -> None:
+        cluster.join(NODE, "pi-1")
+        cluster.orchestrator.start_service(learner())
+        cluster.show_output(LEARNER, "first\nsecond\n")
+        begin = cluster.orchestrator.service_logs(LEARNER, after=0, tail_bytes=6)
+        assert (begin.text, begin.end, begin.total) == ("first\n", 6, 13)
+        rest = cluster.orchestrator.service_logs(LEARNER, after=begin.end)
+        assert (rest.text, rest.start, rest.end) == ("second\n", 6, 13)
+        cluster.show_output(LEARNER, "first\nsecond\nthird\n")
+        assert cluster.orchestrator.service_logs(LEARNER, after=rest.end).text == "third\n"
 
     def test_output_of_an_unknown_service_is_an_error(self, cluster: ClusterUnderTest) -> None:
         with pytest.raises(FlopsError) as caught:

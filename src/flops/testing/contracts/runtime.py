@@ -167,6 +167,23 @@ class RuntimeContract:
         self.end(runtime)
         assert runtime.output(S1, tail_bytes=8) == "998\n999\n"
 
+    def test_output_is_read_from_a_place_on_over_restarts(
+        self, runtime: Runtime, reopen: Callable[[], Runtime], tmp_path: Path
+    ) -> None:
+        self.run(runtime, tmp_path, "print('first'); print('half', end='', flush=True); raise SystemExit(9)")
+        self.end(runtime)
+        first = runtime.read_output(S1, 0, 6)
+        assert (first.text, first.start, first.end, first.total) == ("first\n", 0, 6, 10)
+        self.run(runtime, tmp_path, "print('second')")
+        self.end(runtime)
+        rest = reopen().read_output(S1, first.end, 1_000)
+        begun, told, said = rest.text.splitlines()
+        assert (begun, said) == ("half", "second")
+        assert told.startswith("── started again (attempt 2): ")
+        assert "exit code 9" in told
+        assert (rest.start, rest.end) == (6, rest.total)
+        assert runtime.read_output(S1, rest.end, 1_000).text == ""
+
     def test_a_new_runtime_knows_what_runs(
         self, runtime: Runtime, reopen: Callable[[], Runtime], tmp_path: Path
     ) -> None:
