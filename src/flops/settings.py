@@ -91,6 +91,9 @@ class NodeSettings(Settings):
     data_port: int = Field(
         11_027, ge=0, le=65_535, description="port of the ML data server; a free one if taken"
     )
+    cache_mb: int = Field(
+        20_480, ge=0, description="disk for cached environments and bundles, in MiB"
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
 

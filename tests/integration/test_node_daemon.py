@@ -467,6 +467,38 @@ def test_a_bundle_is_shared(joined: PlayedNode, cluster: Cluster) -> None:
     assert cluster.told("one") == cluster.told("two") == [str(joined.home / "bundles" / digest)]
 
 
+def test_the_cache_gives_way_but_not_what_a_service_needs(
+    node: PlayedNode, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOPS_CACHE_MB", "0")
+    node.start()
+    until(cluster.is_connected)
+    digest = cluster.blobs.put(bundle_of({"a": "1"}))
+    cluster.run(SLEEP, bundle=digest)
+    until(lambda: cluster.told() == ["up"])
+    file = node.home / "status.json"
+    until(
+        lambda: (r := read_report(file)) is not None and any(line.entries for line in r.caches), "the report"
+    )
+    report = read_report(file)
+    assert report is not None
+    assert [(line.name, line.entries) for line in report.caches] == [("bundles", 1)]
+    assert report.caches[0].size_bytes > 0
+    assert report.cache_limit_bytes == 0
+    node.kill()
+    node.start()  # a daemon knows what the services need that it takes over
+    until(lambda: (r := read_report(file)) is not None and r.pid != report.pid, "the next daemon")
+    other = cluster.blobs.put(bundle_of({"b": "2"}))
+    cluster.run("pass", "other", bundle=other)
+    cluster.wait_for(ServiceState.COMPLETED, "other")
+    until(lambda: not (node.home / "bundles" / other).exists(), "the removal of what is not needed")
+    assert (node.home / "bundles" / digest / "a").exists()
+    assert f"removed from the bundles: {other[:12]}" in node.log
+    cluster.orchestrator.stop_service(ServiceId("learner-p1-0"))
+    cluster.wait_for(ServiceState.STOPPED)
+    node.stop()
+
+
 LEAKY = "print('patient-4711', flush=True); raise RuntimeError('patient-4711')"
 DYING = "import os; print('patient-4711', flush=True); os._exit(5)"
 

@@ -12,25 +12,23 @@ again: seconds each time. Compiling everything installed would take three times 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from flops.adapters.environment_folders import BUILDING, EnvironmentFolders
 from flops.command import Completed, run_command, stop_if_needless
 from flops.core.ids import Digest
 from flops.core.ml_repository import environment_key, read_ml_repository
@@ -45,14 +43,11 @@ from flops.core.resolution import (
     locked_versions,
     solve,
 )
-from flops.durable_file import file_error, sync_folder, write_durably
+from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 
 Report = Callable[[str], None]
 
-_COMPLETE = ".complete"
-_LOCK_POLL_S = 0.1
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 _OLDEST = ".".join(map(str, OLDEST_PYTHON))
 _HEADER = re.compile(r"# python (?P<python>\d+\.\d+)\n(?:# imports (?P<imports>.*)\n)?")
@@ -109,6 +104,7 @@ class UvEnvironments:
         build_timeout_s: float = 3_600.0,
     ) -> None:
         self._root = root
+        self._folders = EnvironmentFolders(root)
         self._uv = uv
         self._environ = _tool_environment(environ)
         self._mlflow_version = mlflow_version
@@ -167,13 +163,13 @@ class UvEnvironments:
             raise FlopsError(
                 ErrorCode.ENVIRONMENT_BUILD_FAILED, "The lock does not say which Python it is for."
             )
-        folder = self._root / _digest(lock)
-        if _mark_used(folder):
-            return folder / "bin" / "python"
+        digest = _digest(lock)
+        folder = self._folders.folder_of(digest)
         try:
-            with _exclusive(self._root / f"{folder.name}.lock", report) as descriptor:
-                if not _mark_used(folder):
-                    self._build(folder, lock, header, report, descriptor)
+            if not self._folders.begin_use(digest):
+                with self._folders.exclusive(digest, report) as descriptor:
+                    if not self._folders.is_whole(digest):
+                        self._build(folder, lock, header, report, descriptor)
         except OSError as exc:
             raise file_error(exc, folder) from exc
         return folder / "bin" / "python"
@@ -182,27 +178,16 @@ class UvEnvironments:
         python = self._find_python(header["python"])
         count = len(locked_versions(lock))
         report(f"Building an environment of {count} packages with Python {header['python']}.")
-        self._sweep()
+        self._folders.sweep()
         shutil.rmtree(folder, ignore_errors=True)
         try:
             self._install(folder, lock, python, report, descriptor)
             self._warm_up(folder, (header["imports"] or "").split(), report, descriptor)
-            write_durably(folder / _COMPLETE, "")
-            sync_folder(self._root)
+            self._folders.complete(folder.name)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         report("The environment is ready.")
-
-    def _sweep(self) -> None:
-        """Remove what nobody builds any more: half of an environment, or a build's notes."""
-        for path in self._root.iterdir():
-            digest = path.name.removeprefix(".building-").partition("-")[0]
-            if not _DIGEST.fullmatch(digest) or not path.is_dir() or (path / _COMPLETE).exists():
-                continue
-            with (self._root / f"{digest}.lock").open("ab") as file:
-                if _try_lock(file.fileno()):
-                    shutil.rmtree(path, ignore_errors=True)
 
     def _install(self, folder: Path, lock: str, python: Path, report: Report, descriptor: int) -> None:
         def watch(news: str) -> None:
@@ -210,7 +195,7 @@ class UvEnvironments:
                 if line.strip().startswith(("Downloading", "Building")):
                     report(line.strip() + ".")
 
-        with tempfile.TemporaryDirectory(dir=self._root, prefix=f".building-{folder.name}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=f"{BUILDING}{folder.name}-") as scratch:
             file = Path(scratch) / "lock.txt"
             file.write_text(lock)
 
@@ -421,38 +406,6 @@ def _read_folder(repo: Path) -> dict[str, bytes]:
         return {str(path.relative_to(repo)): path.read_bytes() for path in {*root, *code}}
     except OSError as exc:
         raise file_error(exc, repo) from exc
-
-
-def _mark_used(folder: Path) -> bool:
-    """Whether the environment is complete; if so, it counts as used now."""
-    try:
-        os.utime(folder / _COMPLETE)
-    except PermissionError:
-        pass
-    except OSError:
-        return False
-    return (folder / "bin" / "python").exists()  # not when the Python it was made from is gone
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path, report: Report) -> Iterator[int]:
-    """Hold a lock that others, also uv when we are killed, keep until they end; yields its descriptor."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        if not _try_lock(file.fileno()):
-            report("Waiting for another build of the same environment.")
-            while not _try_lock(file.fileno()):
-                stop_if_needless()
-                time.sleep(_LOCK_POLL_S)
-        yield file.fileno()
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _unresolvable(what: str, python: Path, exc: UnsolvableError) -> FlopsError:

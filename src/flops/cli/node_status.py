@@ -59,6 +59,7 @@ def show_status(
             ("limits", ", ".join(report.limits) or "none"),
             ("not limited", report.limits_note),
             ("disclosure", f"{report.disclosure} ({report.disclosure.meaning})"),
+            ("cached", _cached(report)),
             ("home", paths.home),
             ("log", paths.log),
         ]
@@ -80,6 +81,15 @@ def _cluster(report: NodeReport) -> str:
     if report.is_connected:
         return f"{report.cluster_address} 🟢 connected since {since}"
     return f"{report.cluster_address} 🔴 not connected since {since}: {report.link_detail}"
+
+
+def _cached(report: NodeReport) -> str:
+    caches = [f"{line.entries} {line.name} {_megabytes(line.size_bytes)}" for line in report.caches]
+    return f"{', '.join(caches)}; at most {_megabytes(report.cache_limit_bytes)}" if caches else ""
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1024**2:,.0f} MiB"
 
 
 def _show_configured_addons(conf: NodeConfiguration) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
+import os
 import shutil
 import tarfile
+import threading
 import uuid
 import zlib
 from collections.abc import Callable
@@ -14,12 +17,15 @@ from pathlib import Path, PurePosixPath
 from flops.core.ids import Digest
 from flops.durable_file import file_error, sync_file, sync_folder
 from flops.errors import ErrorCode, FlopsError
+from flops.retention_ports import Cached
 
 MAX_UNPACKED_BYTES = 8 * 1024**3
 
 
 class BundleStore:
-    """Unpacked bundles, one folder per digest.
+    """Unpacked bundles, one folder per digest, whose time is that of its last use.
+
+    Implements `flops.retention_ports.Cache`. For one process: only a node's daemon, one at a time, uses it.
 
     Args:
         root: where they are kept.
@@ -27,12 +33,16 @@ class BundleStore:
         max_bytes: larger bundles are refused.
     """
 
+    name = "bundles"
+
     def __init__(
         self, root: Path, fetch: Callable[[Digest, Path], None], *, max_bytes: int = MAX_UNPACKED_BYTES
     ) -> None:
         self._root = root
         self._fetch = fetch
         self._max_bytes = max_bytes
+        self._lock = threading.Lock()  # between the use and the removal of a folder
+        self._making: set[str] = set()  # folders of what is fetched and unpacked right now
 
     def folder_of(self, digest: Digest) -> Path:
         """The folder with a bundle's files, fetched and unpacked unless it is there.
@@ -42,10 +52,11 @@ class BundleStore:
                 cannot be unpacked or holds paths outside itself.
         """
         folder = self._root / digest
-        if folder.is_dir():
+        if self._begin_use(folder):
             return folder
         work = self._root / f".{digest[:12]}-{uuid.uuid4().hex}"
         try:
+            self._making.add(work.name)
             work.mkdir(parents=True, mode=0o700)
             archive = work / "bundle.tar.gz"
             self._fetch(digest, archive)
@@ -55,7 +66,50 @@ class BundleStore:
             raise file_error(exc, folder) from exc
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            self._making.discard(work.name)
         return folder
+
+    def cached(self) -> list[Cached]:
+        """The bundles that are whole."""
+        found = []
+        for folder in self._folders():
+            if not folder.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    found.append(Cached(folder.name, folder, folder.stat().st_mtime))
+        return found
+
+    def drop(self, key: str, is_in_use: Callable[[], bool]) -> bool:
+        """Remove a bundle; False when it is in use."""
+        aside = self._root / f".{key[:12]}-{uuid.uuid4().hex}"
+        with self._lock:
+            if is_in_use():
+                return False
+            try:
+                (self._root / key).rename(aside)
+            except FileNotFoundError:
+                return False
+        shutil.rmtree(aside, ignore_errors=True)
+        return True
+
+    def sweep(self) -> None:
+        """Remove what a killed daemon has half unpacked or half removed."""
+        for folder in self._folders():
+            if folder.name.startswith(".") and folder.name not in self._making:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        try:
+            return list(self._root.iterdir())
+        except FileNotFoundError:
+            return []
+
+    def _begin_use(self, folder: Path) -> bool:
+        with self._lock:
+            try:
+                os.utime(folder)
+            except FileNotFoundError:
+                return False
+            return True
 
     def _unpack(self, digest: Digest, archive: Path, target: Path) -> None:
         target.mkdir(mode=0o755)
@@ -79,6 +133,7 @@ class BundleStore:
         for path in sorted(tree.rglob("*")):
             if path.is_file() and not path.is_symlink():
                 sync_file(path)
+        os.utime(tree)  # the archive may have set another time
         try:
             tree.rename(folder)
         except OSError as exc:

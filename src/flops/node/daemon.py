@@ -14,6 +14,7 @@ from flops.durable_file import write_durably
 from flops.errors import FlopsError
 from flops.node.addons import Addons
 from flops.node.agent import LinkState, NodeAgent
+from flops.node.caches import NodeCaches
 from flops.node.report import NodeReport, ServiceLine
 from flops.node.supervisor import Supervisor
 from flops.ports import Clock, Runtime
@@ -55,6 +56,7 @@ class NodeDaemon:
         supervisor: services.
         addons: addons.
         agent: the link to the cluster.
+        caches: what is kept to be used again.
         runtime: knows which limits are enforced.
         clock: for the report's times.
     """
@@ -65,6 +67,7 @@ class NodeDaemon:
         supervisor: Supervisor,
         addons: Addons,
         agent: NodeAgent,
+        caches: NodeCaches,
         runtime: Runtime,
         clock: Clock,
     ) -> None:
@@ -72,6 +75,7 @@ class NodeDaemon:
         self._supervisor = supervisor
         self._addons = addons
         self._agent = agent
+        self._caches = caches
         self._runtime = runtime
         self._clock = clock
         self._started_at_s = clock.now_s()
@@ -85,11 +89,13 @@ class NodeDaemon:
     def run(self) -> None:
         """Run until `stop`."""
         self._supervisor.adopt()
+        self._caches.start()  # after it is known which services need what
         self._addons.start()
         agent = threading.Thread(target=self._agent.run, name="agent", daemon=True)
         agent.start()
         self._report_until_stop()
         _log.info("stopping")
+        self._caches.close()
         self._supervisor.stop_all("Its node was stopped.")
         self._agent.stop()
         self._addons.stop()
@@ -144,4 +150,6 @@ class NodeDaemon:
             limits=limits,
             limits_note=limits_note,
             disclosure=self._facts.disclosure,
+            caches=self._caches.lines(),
+            cache_limit_bytes=self._caches.max_bytes,
         )

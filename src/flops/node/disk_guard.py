@@ -42,7 +42,7 @@ class DiskGuard:
             disk = shutil.disk_usage(work_dir)
         except OSError:
             return None
-        reserve = min(RESERVE_BYTES, disk.total // 10)
+        reserve = reserve_bytes(disk.total)
         now_s = time.monotonic()
         with self._lock:
             before_s, _ = self._sizes.get(service_id, (None, 0))
@@ -72,13 +72,30 @@ class DiskGuard:
             self._sizes.pop(service_id, None)
 
 
-def folder_bytes(folder: Path) -> int:
-    """What the files below a folder take on the disk; links are not followed."""
+def reserve_bytes(disk_bytes: int) -> int:
+    """What is kept free of a disk."""
+    return min(RESERVE_BYTES, disk_bytes // 10)
+
+
+def folder_bytes(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:
+    """What the files below a folder take on the disk; links are not followed.
+
+    Args:
+        folder: the folder.
+        seen: files of several names (hard links) that were counted before; they are left out, and those
+            counted now are added.
+    """
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118 (many files)
+                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 (many files)
             except OSError:
                 continue  # gone meanwhile
+            if seen is not None and found.st_nlink > 1:
+                identity = (found.st_dev, found.st_ino)
+                if identity in seen:
+                    continue
+                seen.add(identity)
+            total += found.st_blocks * 512
     return total

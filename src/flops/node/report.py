@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from flops.core.cluster import Addon, DataTag, ServiceStatus
 from flops.core.model import Value
 from flops.disclosure import Disclosure
+from flops.node.caches import CacheLine
 
 
 class ServiceLine(Value):
@@ -39,6 +40,8 @@ class NodeReport(Value):
     limits: tuple[str, ...] = ()
     limits_note: str = ""
     disclosure: Disclosure = Disclosure.FULL  # as this daemon was started with
+    caches: tuple[CacheLine, ...] = ()
+    cache_limit_bytes: int = 0
 
 
 def read_report(path: Path) -> NodeReport | None:

@@ -42,7 +42,7 @@ class Supervisor:
         self._disk = DiskGuard()
         self._lock = threading.Lock()
         self._runners: dict[ServiceId, ServiceRunner] = {}
-        self._removals: dict[ServiceId, threading.Thread] = {}
+        self._removals: dict[ServiceId, tuple[threading.Thread, ServiceRunner]] = {}
         self._workers: set[threading.Thread] = set()
         self._usages: dict[ServiceId, tuple[float, ServiceUsage]] = {}
         self._unwanted: set[ServiceId] = set()  # the cluster will not have them run again
@@ -139,7 +139,8 @@ class Supervisor:
             self._freed.discard(service_id)
             if runner is not None:
                 _log.info("%s is removed", service_id)
-                self._removals[service_id] = self._work(runner.remove)
+                self._forget_removals()
+                self._removals[service_id] = (self._work(runner.remove), runner)
 
     def stop_all(self, detail: str) -> None:
         """End every service, and wait until none runs."""
@@ -160,6 +161,19 @@ class Supervisor:
         """Ids of all services."""
         with self._lock:
             return list(self._runners)
+
+    def digests_in_use(self) -> frozenset[str]:
+        """Bundles and environments of services that run, will run, or are about to end."""
+        with self._lock:
+            self._forget_removals()
+            specs = [runner.spec for _, runner in self._removals.values()]
+            specs += [
+                runner.spec
+                for runner in self._runners.values()
+                if runner.is_active or not runner.status.state.is_final
+            ]
+        digests = {d for spec in specs for d in (spec.bundle, spec.environment, spec.model_environment)}
+        return frozenset(digest for digest in digests if digest is not None)
 
     def specs(self) -> dict[ServiceId, ServiceSpec]:
         """What the services are."""
@@ -215,8 +229,11 @@ class Supervisor:
             return
         runner = self._make_runner(spec, known=False)
         self._runners[spec.id] = runner
-        removal = self._removals.pop(spec.id, None)
+        removal, _ = self._removals.pop(spec.id, (None, None))
         self._work(functools.partial(_start_after, removal, runner))
+
+    def _forget_removals(self) -> None:
+        self._removals = {i: removal for i, removal in self._removals.items() if removal[0].is_alive()}
 
     def _make_runner(self, spec: ServiceSpec, *, known: bool) -> ServiceRunner:
         folder = ServiceFolder(self._root / spec.id)

@@ -20,6 +20,7 @@ from flops import __version__
 from flops.adapters.actor_kit import install_kit
 from flops.adapters.blob_client import HttpBlobClient
 from flops.adapters.control_groups import find_control_groups
+from flops.adapters.environment_folders import EnvironmentFolders
 from flops.adapters.host_facts import LocalHost, memory_bytes
 from flops.adapters.node_link import client_tls, dial_cluster
 from flops.adapters.process_runtime import ProcessRuntime
@@ -38,6 +39,7 @@ from flops.log import JsonFormatter, configure_logging
 from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuilder, NodeAddon, endpoint_port
 from flops.node.agent import NodeAgent
 from flops.node.bundles import BundleStore
+from flops.node.caches import NodeCaches
 from flops.node.configuration import NodeConfiguration, default_configuration
 from flops.node.daemon import DaemonFacts, NodeDaemon
 from flops.node.home import keep_node_id, only_daemon
@@ -47,6 +49,7 @@ from flops.node.service_environment import service_environment
 from flops.node.session import NodeView
 from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
+from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
 from flops.wiring.data import open_data_catalog
@@ -66,11 +69,13 @@ class NodeParts:
         environments: builds virtual environments.
         kit_dir: folder with our modules for projects' environments.
         open_catalog: connects to the data server in a folder.
+        caches: what the parts keep to use it again, and can make anew.
     """
 
     environments: Environments
     kit_dir: Path
     open_catalog: Callable[[Path], DataCatalog]
+    caches: tuple[Cache, ...] = ()
 
 
 def node_parts(paths: NodePaths) -> NodeParts:
@@ -79,6 +84,7 @@ def node_parts(paths: NodePaths) -> NodeParts:
         environments=open_environments(paths.environments),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
+        caches=(EnvironmentFolders(paths.environments),),
     )
 
 
@@ -166,7 +172,14 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         report_file=paths.status,
         disclosure=conf.disclosure,
     )
-    return NodeDaemon(facts, supervisor, addons, agent, services, clock)
+    caches = NodeCaches(
+        (*parts.caches, bundles),
+        supervisor.digests_in_use,
+        NodeSettings.read().cache_mb * 1024**2,
+        paths.home,
+        clock,
+    )
+    return NodeDaemon(facts, supervisor, addons, agent, caches, services, clock)
 
 
 def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[ProcessRuntime, ProcessRuntime]:

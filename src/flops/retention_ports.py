@@ -1,0 +1,47 @@
+"""What takes up disk and can be given back, as those see it who decide what goes; beside `flops.ports`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Something in a cache.
+
+    Args:
+        key: its name there; the digest of what it is made from.
+        folder: where all of it lies.
+        used_at_s: when it was used last, seconds since the epoch.
+    """
+
+    key: str
+    folder: Path
+    used_at_s: float
+
+
+class Cache(Protocol):
+    """Folders of this machine that can be made anew. Thread-safe, and safe against a kill at any moment."""
+
+    @property
+    def name(self) -> str:
+        """What it holds, for people: "environments"."""
+        ...
+
+    def cached(self) -> list[Cached]:
+        """What is whole. What is being made right now is not listed."""
+        ...
+
+    def drop(self, key: str, is_in_use: Callable[[], bool]) -> bool:
+        """Remove something; False, and nothing is removed, when it is in use or being made.
+
+        Whoever asks for it after `is_in_use` was called has it made anew.
+        """
+        ...
+
+    def sweep(self) -> None:
+        """Remove what killed processes left behind: the half-made, and the half-removed."""
+        ...
