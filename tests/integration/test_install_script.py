@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flops.errors import CATALOGUE, ErrorCode
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "install"
 
 
@@ -31,7 +33,7 @@ def fake_python(folder: Path, *, is_recent: bool) -> Path:
 )
 def test_an_unusable_python_is_named(tmp_path: Path, is_recent: bool, expected: str) -> None:
     result = run_with(fake_python(tmp_path, is_recent=is_recent), tmp_path / "venv")
-    assert result.returncode == 1
+    assert result.returncode == CATALOGUE[ErrorCode.PYTHON_UNSUPPORTED].exit_code
     assert expected in result.stderr
     assert "Hint:" in result.stderr
     assert not (tmp_path / "venv").exists()
@@ -39,5 +41,5 @@ def test_an_unusable_python_is_named(tmp_path: Path, is_recent: bool, expected: 
 
 def test_a_missing_python_is_named(tmp_path: Path) -> None:
     result = run_with(tmp_path / "nowhere", tmp_path / "venv")
-    assert result.returncode == 1
+    assert result.returncode == CATALOGUE[ErrorCode.PYTHON_UNSUPPORTED].exit_code
     assert "nowhere" in result.stderr
