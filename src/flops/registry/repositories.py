@@ -1,0 +1,182 @@
+"""What a registry knows beside blobs: manifests by name, and the tags that lead to them.
+
+::
+
+    <folder>/<name>/_manifests/<digest>    media type of a manifest, whose bytes are a blob
+    <folder>/<name>/_tags/<tag>            digest of a manifest
+
+No part of a name begins with an underscore, so names may contain each other. Files are whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flops.core.ids import Digest
+from flops.core.images import Descriptor, Index, Manifest, read_manifest
+from flops.durable_file import file_error, sync_folder, write_durably
+from flops.errors import ErrorCode, FlopsError
+from flops.image_ports import ImageBlobs
+from flops.registry.refusals import RefusedError
+
+_MANIFESTS, _TAGS = "_manifests", "_tags"
+
+
+class Repositories:
+    """Manifests and tags; used from several threads of one process.
+
+    Args:
+        folder: where they are kept.
+        blobs: holds the bytes of manifests, and everything they name.
+    """
+
+    def __init__(self, folder: Path, blobs: ImageBlobs) -> None:
+        self._folder = folder
+        self._blobs = blobs
+        # Blobs come before the manifest that names them. None is collected that was sent, or found to be
+        # there, a short while ago; what was there at our start may have been asked for just before it.
+        self._lock = threading.Lock()
+        self._touched_s: dict[Digest, float] = {}
+        self._started_s = time.monotonic()
+
+    def touch(self, digest: Digest) -> None:
+        """Keep a blob from being collected for a while: a manifest that names it may follow."""
+        with self._lock:
+            self._touched_s[digest] = time.monotonic()
+
+    def put(self, name: str, data: bytes, media_type: str, tag: str = "") -> Digest:
+        """Store a manifest whose parts are all there, and let a tag lead to it.
+
+        Raises:
+            RefusedError: a part is missing, or has another size.
+            FlopsError: ``image_damaged`` when it is no manifest; ``disk_full``.
+        """
+        manifest = read_manifest(data, media_type)
+        with self._lock:
+            self._check_parts(name, manifest)
+            digest = self._blobs.put(data)
+            write_durably(self._folder / name / _MANIFESTS / digest, media_type)
+            if tag:
+                write_durably(self._folder / name / _TAGS / tag, digest)
+        return digest
+
+    def get(self, name: str, version: str) -> tuple[Digest, str, bytes]:
+        """A manifest's digest, media type and bytes, by tag or ``sha256:…``.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        digest = self._digest_of(name, version)
+        try:
+            media_type = (self._folder / name / _MANIFESTS / digest).read_text()
+            return digest, media_type, self._blobs.get(digest)
+        except FileNotFoundError:
+            raise _unknown(name, version) from None
+        except FlopsError as exc:
+            if exc.code is ErrorCode.INTERNAL:  # damaged: gone is better, it can be pushed again
+                self._blobs.remove(digest)
+            raise _unknown(name, version) from exc
+
+    def delete(self, name: str, version: str) -> None:
+        """Remove a tag, or a manifest with all tags that lead to it.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        digest = self._digest_of(name, version)
+        with self._lock:
+            if not version.startswith("sha256:"):
+                self._remove(self._folder / name / _TAGS / version)
+                return
+            if not (self._folder / name / _MANIFESTS / digest).exists():
+                raise _unknown(name, version)
+            for tag in self.tags(name):
+                path = self._folder / name / _TAGS / tag
+                if path.read_text() == digest:
+                    self._remove(path)
+            self._remove(self._folder / name / _MANIFESTS / digest)
+
+    def tags(self, name: str) -> list[str]:
+        """All tags of a name, sorted."""
+        return sorted(_entries(self._folder / name / _TAGS))
+
+    def names(self) -> list[str]:
+        """All names that have manifests, sorted."""
+        found = [
+            str(path.parent.relative_to(self._folder))
+            for path in self._folder.rglob(_MANIFESTS)
+            if next(_entries(path), None)
+        ]
+        return sorted(found)
+
+    def collect_garbage(self, grace_s: float) -> int:
+        """Remove blobs that no manifest names, and that nobody sent or looked for lately; returns how many.
+
+        Args:
+            grace_s: how long ago is not lately any more.
+        """
+        with self._lock:
+            now_s = time.monotonic()
+            used = self._used()
+            garbage = [
+                digest
+                for digest in self._blobs.digests()
+                if digest not in used and now_s - self._touched_s.get(digest, self._started_s) >= grace_s
+            ]
+            for digest in garbage:
+                self._blobs.remove(digest)
+            self._touched_s = {d: at_s for d, at_s in self._touched_s.items() if now_s - at_s < grace_s}
+        return len(garbage)
+
+    def _used(self) -> set[Digest]:
+        used: set[Digest] = set()
+        for name in self.names():
+            for entry in _entries(self._folder / name / _MANIFESTS):
+                digest = Digest(entry)
+                used.add(digest)
+                with contextlib.suppress(FlopsError):  # one that is damaged keeps nothing
+                    manifest = read_manifest(self._blobs.get(digest))
+                    used.update(part.digest for part in _parts(manifest))
+        return used
+
+    def _check_parts(self, name: str, manifest: Manifest | Index) -> None:
+        for part in _parts(manifest):
+            is_there = self._blobs.has(part.digest) and self._blobs.size(part.digest) == part.size
+            if isinstance(manifest, Index):
+                is_there = is_there and (self._folder / name / _MANIFESTS / part.digest).exists()
+            if not is_there:
+                raise RefusedError(
+                    404, "MANIFEST_BLOB_UNKNOWN", f"{name} has no sha256:{part.digest} of {part.size} bytes."
+                )
+
+    def _digest_of(self, name: str, version: str) -> Digest:
+        if version.startswith("sha256:"):
+            return Digest(version.removeprefix("sha256:"))
+        try:
+            return Digest((self._folder / name / _TAGS / version).read_text())
+        except FileNotFoundError:
+            raise _unknown(name, version) from None
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        except OSError as exc:
+            raise file_error(exc, path) from exc
+
+
+def _parts(manifest: Manifest | Index) -> list[Descriptor]:
+    return list(manifest.manifests if isinstance(manifest, Index) else manifest.blobs)
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError):
+        yield from (path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _unknown(name: str, version: str) -> RefusedError:
+    return RefusedError(404, "MANIFEST_UNKNOWN", f"{name} has no {version}.")

@@ -1,0 +1,210 @@
+"""Small images, made by hand, and what moves them about: registries, and connections that break."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import random
+import shutil
+import socket
+import subprocess
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.http_server import HttpServer
+from flops.core.ids import Digest
+from flops.core.images import (
+    CONFIG,
+    INDEX,
+    LAYER_GZIP,
+    MANIFEST,
+    Descriptor,
+    ImageRun,
+    Layer,
+    Platform,
+    config_bytes,
+    index_bytes,
+    manifest_bytes,
+)
+from flops.image_ports import ImageBlobs
+from flops.registry.app import build_registry
+from flops.registry.repositories import Repositories
+from flops.testing.waiting import until
+
+
+def make_layer(blobs: ImageBlobs, name: str, size: int = 1_000) -> Layer:
+    """A layer with one file of bytes that do not compress; the same name gives the same layer."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        info = tarfile.TarInfo(f"files/{name}")
+        info.size = size
+        tar.addfile(info, io.BytesIO(random.Random(name).randbytes(size)))  # noqa: S311
+    packed = gzip.compress(archive.getvalue(), 1, mtime=0)
+    diff_id = Digest(hashlib.sha256(archive.getvalue()).hexdigest())
+    blob = Descriptor(media_type=LAYER_GZIP, digest=blobs.put(packed), size=len(packed))
+    return Layer(blob=blob, diff_id=diff_id, what=name)
+
+
+def make_image(
+    blobs: ImageBlobs, *names: str, size: int = 1_000, platform: str = "linux/amd64"
+) -> Descriptor:
+    """An image of layers by their names; returns its manifest's descriptor."""
+    layers = [make_layer(blobs, name, size) for name in names]
+    config = config_bytes(Platform(platform), layers, ImageRun(labels={"names": " ".join(names)}))
+    described = Descriptor(media_type=CONFIG, digest=blobs.put(config), size=len(config))
+    data = manifest_bytes(described, [layer.blob for layer in layers])
+    return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=platform)
+
+
+def make_index(blobs: ImageBlobs, *images: Descriptor) -> Descriptor:
+    """An index over images."""
+    data = index_bytes(images)
+    return Descriptor(media_type=INDEX, digest=blobs.put(data), size=len(data))
+
+
+@contextlib.contextmanager
+def own_registry(folder: Path, *, password: str | None = None, port: int = 0) -> Iterator[str]:
+    """FLOps' registry on a port of this machine; yields its host."""
+    blobs = FileBlobs(folder / "blobs")
+    app = build_registry(blobs, Repositories(folder / "repositories", blobs), password=password)
+    server = HttpServer(app, "127.0.0.1", port)
+    server.start()
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        server.close()
+
+
+def has_debian_registry() -> bool:
+    """Whether Debian's registry is installed."""
+    return shutil.which("docker-registry") is not None
+
+
+@contextlib.contextmanager
+def debian_registry(folder: Path, *, users: str = "") -> Iterator[str]:
+    """Debian's ``docker-registry`` on a port of this machine; yields its host.
+
+    Args:
+        folder: for its state.
+        users: content of an htpasswd file; everyone may do everything without.
+    """
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yml"
+    text = (
+        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {folder / 'data'}\n  delete:\n"
+        f"    enabled: true\nhttp:\n  addr: 127.0.0.1:{port}\n"
+    )
+    if users:
+        (folder / "users").write_text(users)
+        text += f"auth:\n  htpasswd:\n    realm: test\n    path: {folder / 'users'}\n"
+    config.write_text(text)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
+        try:
+            until(lambda: _answers(f"http://127.0.0.1:{port}/v2/"), "the registry")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on right now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, trust_env=False).status_code in {200, 401}
+    return False
+
+
+class BreakingProxy:
+    """Hands connections on to another port, and breaks them after some bytes, while it is told to.
+
+    Args:
+        port: where it leads.
+        up: breaks a connection after so many bytes to the server; None for not.
+        down: the same, to the client.
+        times: how many connections it breaks; then it is an honest proxy.
+    """
+
+    def __init__(self, port: int, *, up: int | None = None, down: int | None = None, times: int = 1) -> None:
+        self._target = port
+        self._up = up
+        self._down = down
+        self._left = times
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+        self.broken = 0
+        self.bytes_up = 0
+
+    @property
+    def host(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> BreakingProxy:
+        self._begin(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for found in self._sockets:
+            _cut(found)
+        for thread in self._threads:
+            thread.join(10)
+
+    def _begin(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += [client, server]
+                self._begin(self._pump, client, server, self._up, True)
+                self._begin(self._pump, server, client, self._down, False)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None, is_up: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                passed += len(data)
+                if limit is not None and passed > limit and self._may_break():
+                    break
+                with self._lock:
+                    self.bytes_up += len(data) if is_up else 0
+                sink.sendall(data)
+        _cut(source)
+        _cut(sink)
+
+    def _may_break(self) -> bool:
+        with self._lock:
+            if self._left <= 0:
+                return False
+            self._left -= 1
+            self.broken += 1
+            return True
+
+
+def _cut(found: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        found.shutdown(socket.SHUT_RDWR)
+    found.close()
