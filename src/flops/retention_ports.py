@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flops.core.ids import Digest
+
 
 @dataclass(frozen=True)
 class Cached:
@@ -21,6 +23,22 @@ class Cached:
     key: str
     folder: Path
     used_at_s: float
+
+
+class KeptBlobs(Protocol):
+    """Blobs, as they are swept. Each has a time of last use: it was stored again, asked for, or read."""
+
+    def digests(self) -> list[Digest]:
+        """Every blob there is."""
+        ...
+
+    def remove_unless_used(self, digest: Digest, since_s: float) -> int:
+        """Remove a blob that was not used since then; returns the bytes given back, 0 when it stays."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what killed processes left unfinished."""
+        ...
 
 
 class Cache(Protocol):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.memory_blobs import MemoryBlobs
+from flops.core.ids import Digest
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs
 from flops.testing.contracts.blobs import BlobsContract, digest_of
@@ -91,6 +94,65 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert len(_files(tmp_path)) == 1
     FileBlobs(tmp_path)
     assert _files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda blobs, digest: blobs.put(b"data"),
+        lambda blobs, digest: blobs.has(digest),
+        lambda blobs, digest: blobs.get(digest),
+        lambda blobs, digest: blobs.size(digest),
+        lambda blobs, digest: list(blobs.chunks(digest)),
+    ],
+    ids=["put", "has", "get", "size", "chunks"],
+)
+def test_a_blob_is_removed_unless_it_was_used(
+    tmp_path: Path, use: Callable[[FileBlobs, Digest], object]
+) -> None:
+    blobs = FileBlobs(tmp_path)
+    digest, other = blobs.put(b"data"), blobs.put(b"other")
+    for path in _files(tmp_path):
+        os.utime(path, (100, 100))
+    use(blobs, digest)
+    assert blobs.digests() == sorted([digest, other])
+    assert blobs.remove_unless_used(other, since_s=100.0) == 0
+    assert blobs.remove_unless_used(other, since_s=101.0) > 0
+    assert blobs.remove_unless_used(digest, since_s=101.0) == 0
+    assert blobs.digests() == [digest]
+    assert blobs.remove_unless_used(other, since_s=101.0) == 0
+
+
+def test_who_looks_for_a_blob_and_who_removes_it_do_not_meet(tmp_path: Path) -> None:
+    blobs = FileBlobs(tmp_path)
+    digest = blobs.put(b"data")
+    os.utime(_files(tmp_path)[0], (100, 100))
+    folder = os.open(tmp_path / "incoming", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH)  # as who looks
+        assert blobs.remove_unless_used(digest, since_s=101.0) == 0
+        fcntl.flock(folder, fcntl.LOCK_EX)  # as who removes
+        with ThreadPoolExecutor(1) as pool:
+            looks = [pool.submit(blobs.has, digest), pool.submit(blobs.put, b"data")]
+            assert wait(looks, timeout=0.2).done == set()
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            assert [look.result(10) for look in looks] == [True, digest]
+    finally:
+        os.close(folder)
+    assert blobs.remove_unless_used(digest, since_s=101.0) == 0
+
+
+def test_a_sweep_leaves_uploads_alone(tmp_path: Path) -> None:
+    blobs = FileBlobs(tmp_path)
+    upload = blobs.upload()
+    upload.write(b"data")
+    (tmp_path / "incoming" / "left").touch()
+    blobs.sweep()
+    assert [path.name for path in _files(tmp_path)] != ["left"]
+    assert len(_files(tmp_path)) == 1
+    upload.commit(digest_of(b"data"))
+    upload.discard()
+    assert blobs.get(digest_of(b"data")) == b"data"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 A blob is written to ``<folder>/incoming``, fsynced, and renamed; it is whole or it is not there. Every read
 is verified. Several threads and processes may use one folder.
+
+A blob's file is stamped with the time of its last use: it was stored again, asked for, or read. Who uses one
+holds ``incoming`` locked with others, who removes what is not used holds it alone.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class FileBlobs:
-    """Implements `flops.ports.BlobStreams` and `flops.image_ports.ImageBlobs`.
+    """Implements `flops.ports.BlobStreams`, `flops.image_ports.ImageBlobs` and
+    `flops.retention_ports.KeptBlobs`.
 
     Args:
         folder: where blobs are; it is created when it does not exist. What killed processes left unfinished
@@ -42,8 +46,7 @@ class FileBlobs:
         with _translated(self._incoming):
             self._incoming.mkdir(parents=True, exist_ok=True)
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._incoming.iterdir():
-                _remove_if_abandoned(path)
+        self.sweep()
 
     def put(self, data: bytes) -> Digest:
         """Store bytes durably; the same bytes again change nothing, unless the stored ones are damaged."""
@@ -71,14 +74,17 @@ class FileBlobs:
 
     def has(self, digest: Digest) -> bool:
         """Whether the bytes are stored."""
-        return bool(_DIGEST.fullmatch(digest)) and self._path_of(digest).is_file()
+        if not _DIGEST.fullmatch(digest):
+            return False
+        with _translated(self._incoming), _locked(self._incoming, fcntl.LOCK_SH):
+            return _mark_used(self._path_of(digest))
 
     def upload(self) -> FileUpload:
         """Begin an upload."""
-        with _translated(self._incoming):
+        # Its lock ends with this process, and tells others that it is being written; no sweep comes between.
+        with _translated(self._incoming), _locked(self._incoming, fcntl.LOCK_SH):
             descriptor, name = tempfile.mkstemp(dir=self._incoming)
-        # The lock tells other processes that this file is being written; it ends with this process.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         return FileUpload(os.fdopen(descriptor, "wb"), Path(name), self._path_of)
 
     def size(self, digest: Digest) -> int:
@@ -132,6 +138,26 @@ class FileBlobs:
                 path.unlink(missing_ok=True)
                 sync_folder(path.parent)
 
+    def remove_unless_used(self, digest: Digest, since_s: float) -> int:
+        """Remove a blob that was not used since then; returns the bytes given back."""
+        path = self._path_of(digest)
+        with _translated(path):
+            try:
+                with _locked(self._incoming, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    found = path.stat()
+                    if found.st_mtime >= since_s:
+                        return 0
+                    path.unlink()
+            except (BlockingIOError, FileNotFoundError):
+                return 0
+        return found.st_blocks * 512
+
+    def sweep(self) -> None:
+        """Remove what killed processes left unfinished."""
+        with _translated(self._incoming), _locked(self._incoming, fcntl.LOCK_EX):
+            for path in self._incoming.iterdir():
+                _remove_if_abandoned(path)
+
     def _path_of(self, digest: Digest) -> Path:
         return self._folder / digest if self._is_flat else self._folder / digest[:2] / digest
 
@@ -173,7 +199,9 @@ class FileUpload:
             )
         final = self._path_of(expected)
         with _translated(final):
-            if _is_intact(final, expected):
+            with _locked(self._path.parent, fcntl.LOCK_SH):
+                is_there = _mark_used(final)
+            if is_there and _is_intact(final, expected):
                 return
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -196,6 +224,28 @@ def _is_intact(path: Path, digest: Digest) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest
     except FileNotFoundError:
         return False
+
+
+def _mark_used(path: Path) -> bool:
+    """Whether the file is there; if so, it counts as used now."""
+    try:
+        os.utime(path)
+    except PermissionError:
+        return path.is_file()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    """Hold a folder; a kill frees it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_if_abandoned(path: Path) -> None:

@@ -27,7 +27,7 @@ from flops.core.project import Environment, Participant, Project, Round, Trained
 from flops.core.sla import ProjectSla, parse_project_sla
 from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
-from flops.ports import ProjectStore
+from flops.ports import Blobs, ProjectStore
 from flops.tracker_port import Tracker
 
 REPO_URL = "https://git.example/mnist"
@@ -97,6 +97,7 @@ class PlayedCluster:
     Args:
         store: what survives; a new one on memory when None.
         tracker: of the engine.
+        blobs: bundles and locks; in memory when None.
         nodes_obey: see `MemoryOrchestrator`.
     """
 
@@ -105,12 +106,13 @@ class PlayedCluster:
         *,
         store: ProjectStore | None = None,
         tracker: Tracker | None = None,
+        blobs: Blobs | None = None,
         nodes_obey: bool = True,
         **options: Any,
     ) -> None:
         self.clock = HandClock()
         self.store = store if store is not None else MemoryProjectStore()
-        self.blobs = MemoryBlobs()
+        self.blobs: Blobs = blobs if blobs is not None else MemoryBlobs()
         self.repos = MemoryRepos(self.blobs)
         self.repos.add(REPO_URL, b"tree")
         self.orchestrator = MemoryOrchestrator(self.clock, nodes_obey=nodes_obey)

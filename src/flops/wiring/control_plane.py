@@ -30,6 +30,7 @@ from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
+from flops.manager.retention import Retention
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.settings import ControlSettings, inherited_environment
@@ -68,8 +69,9 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     cluster.start()
     parts.callback(cluster.close)
 
+    store = SqlProjectStore(folder / PROJECTS_FILE)
     engine = Engine(
-        store=SqlProjectStore(folder / PROJECTS_FILE),
+        store=store,
         orchestrator=orchestrator,
         repos=GitRepos(
             blobs,
@@ -112,5 +114,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
+    retention = Retention(store, orchestrator, blobs, clock)
+    parts.callback(retention.close)
+    retention.start()
     manager.start()
     return status().model_dump()
