@@ -26,9 +26,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from flops.adapters.environment_folders import BUILDING, EnvironmentFolders
+from flops.adapters.uv_program import (
+    OWN_MINOR,
+    UvProgram,
+    is_disk_full,
+    minor_of,
+    own_python,
+    release_of,
+    uv_error,
+)
 from flops.command import Completed, run_command, stop_if_needless
 from flops.core.ids import Digest
 from flops.core.ml_repository import environment_key, read_ml_repository
@@ -48,17 +56,12 @@ from flops.errors import ErrorCode, FlopsError
 
 Report = Callable[[str], None]
 
-_OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 _OLDEST = ".".join(map(str, OLDEST_PYTHON))
 _HEADER = re.compile(r"# python (?P<python>\d+\.\d+)\n(?:# imports (?P<imports>.*)\n)?")
 # Servers of one index differ for a while after a release: a version that one has just told is not there yet
 # on the next one.
 _NOT_LISTED = re.compile(r"there is no version of", re.IGNORECASE)
 _MORE_TRIES, _INDEX_PAUSE_S = 5, 3.0
-_FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceeded", re.IGNORECASE)
-_NO_INDEX = re.compile(
-    r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
-)
 _KIT_IMPORTS = ("numpy", "pyarrow", "pyarrow.flight")
 _MODEL_IMPORTS = (
     "mlflow.pyfunc",
@@ -78,7 +81,6 @@ _WARM_UP = (
     "    except BaseException as exc:\n"
     "        print(f'{name}: {type(exc).__name__}: {exc}', file=sys.stderr)\n"
 )
-_PYTHON_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
 
 
 class UvEnvironments:
@@ -105,8 +107,7 @@ class UvEnvironments:
     ) -> None:
         self._root = root
         self._folders = EnvironmentFolders(root)
-        self._uv = uv
-        self._environ = _tool_environment(environ)
+        self._uv = UvProgram(uv, environ)
         self._mlflow_version = mlflow_version
         self._lock_timeout_s = lock_timeout_s
         self._build_timeout_s = build_timeout_s
@@ -175,7 +176,7 @@ class UvEnvironments:
         return folder / "bin" / "python"
 
     def _build(self, folder: Path, lock: str, header: re.Match[str], report: Report, descriptor: int) -> None:
-        python = self._find_python(header["python"])
+        python = self._uv.find_python(header["python"])
         count = len(locked_versions(lock))
         report(f"Building an environment of {count} packages with Python {header['python']}.")
         self._folders.sweep()
@@ -200,7 +201,7 @@ class UvEnvironments:
             file.write_text(lock)
 
             def run(step: Sequence[str]) -> Completed:
-                return self._run_uv(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
+                return self._uv.run(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
 
             done = run(["venv", "--python", str(python), "--no-project", str(folder)])
             if done.exit_code == 0:
@@ -215,19 +216,19 @@ class UvEnvironments:
                     stop_if_needless()
                     done = run([*sync, "--refresh"])
             if done.exit_code != 0:
-                raise _tool_error(done, f"The environment {folder} cannot be built")
+                raise uv_error(done, f"The environment {folder} cannot be built")
 
     def _warm_up(self, folder: Path, names: Sequence[str], report: Report, descriptor: int) -> None:
         """Import once what services import at their start; a module that fails is told, not fatal."""
         with tempfile.TemporaryDirectory() as elsewhere:
             done = run_command(
                 [str(folder / "bin" / "python"), "-c", _WARM_UP, json.dumps(list(names))],
-                environ=self._environ,
+                environ=self._uv.environ,
                 cwd=Path(elsewhere),
                 timeout_s=300.0,
                 keep_open=[descriptor],
             )
-        if _FULL_DISK.search(done.errors):
+        if is_disk_full(done.errors):
             raise FlopsError(ErrorCode.DISK_FULL, f"The disk of {folder} is full.")
         for line in done.errors.splitlines():
             name = line.partition(":")[0]
@@ -282,112 +283,40 @@ class UvEnvironments:
             options = ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
             options += ["--no-emit-index-url", "--no-emit-find-links", "--constraint", "pins.txt"]
             command = ["pip", "compile", "requirements.in", "--python", str(python), *options]
-            done = self._run_uv(command, folder, self._lock_timeout_s)
+            done = self._uv.run(command, folder, self._lock_timeout_s)
         if done.exit_code != 0:
             if "No solution found" in done.errors:
                 raise UnsolvableError(done.errors)
-            raise _tool_error(done, "The dependencies cannot be resolved")
+            raise uv_error(done, "The dependencies cannot be resolved")
         return done.output.decode()
 
     def _choose_python(self, dependencies: Dependencies) -> tuple[Path, str, tuple[str, ...]]:
         """Interpreter, its major.minor, and notes; what is asked for when the machine has it."""
         wanted = SpecifierSet(dependencies.python)
         if wanted.contains(platform.python_version(), prereleases=True):
-            return _own_python(), _OWN_MINOR, ()
-        asked = {_minor(part.version) for part in wanted if part.operator in {"==", "~="}}
+            return own_python(), OWN_MINOR, ()
+        asked = {minor_of(part.version) for part in wanted if part.operator in {"==", "~="}}
         is_met_by_own = asked and all(
-            _release(minor) < OLDEST_PYTHON or minor == _OWN_MINOR for minor in asked
+            release_of(minor) < OLDEST_PYTHON or minor == OWN_MINOR for minor in asked
         )
-        installed = [] if is_met_by_own else self._installed_pythons()
+        installed = [] if is_met_by_own else self._uv.installed_pythons()
         for version, path in installed:
             if wanted.contains(version, prereleases=True):
-                return path, _minor(version), ()
+                return path, minor_of(version), ()
         version, path = next(
-            ((version, path) for version, path in installed if _minor(version) in asked),
-            (platform.python_version(), _own_python()),
+            ((version, path) for version, path in installed if minor_of(version) in asked),
+            (platform.python_version(), own_python()),
         )
         note = (
             f"{dependencies.file} asks for Python {dependencies.python}, Python {version} is used: "
             f"of the versions on this machine it fits best, and older than {_OLDEST} are not supported."
         )
-        return path, _minor(version), (note,)
-
-    def _find_python(self, minor: str) -> Path:
-        if minor == _OWN_MINOR:
-            return _own_python()
-        for version, path in self._installed_pythons():
-            if _minor(version) == minor:
-                return path
-        raise FlopsError(
-            ErrorCode.ENVIRONMENT_BUILD_FAILED,
-            f"Python {minor} is not installed on {platform.node()}.",
-            hint=f"Install Python {minor} there, or ask for another one in the dependency file.",
-        )
-
-    def _installed_pythons(self) -> list[tuple[str, Path]]:
-        """Versions and interpreters that can be used, newest first."""
-        command = ["python", "list", "--only-installed", "--output-format", "json"]
-        with tempfile.TemporaryDirectory() as scratch:
-            done = self._run_uv(command, Path(scratch), 60.0)
-        if done.exit_code != 0:
-            return []
-        found = [
-            (Version(entry["version"]), Path(entry["path"]))
-            for entry in json.loads(done.output)
-            if entry.get("implementation") == "cpython" and entry.get("variant") == "default"
-        ]
-        usable = [(version, path) for version, path in found if version.release[:2] >= OLDEST_PYTHON]
-        usable.sort(key=lambda item: item[0], reverse=True)
-        return [(str(version), path) for version, path in usable]
-
-    def _run_uv(
-        self,
-        arguments: Sequence[str],
-        cwd: Path,
-        timeout_s: float,
-        watch: Callable[[str], None] = lambda _: None,
-        keep_open: Sequence[int] = (),
-    ) -> Completed:
-        try:
-            done = run_command(
-                [str(self._uv), *arguments],
-                environ=self._environ,
-                cwd=cwd,
-                timeout_s=timeout_s,
-                watch=watch,
-                keep_open=keep_open,
-            )
-        except FileNotFoundError as exc:
-            raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, f"{self._uv} is not there.") from exc
-        if done.is_timed_out:
-            raise FlopsError(
-                ErrorCode.TIMEOUT, f"uv {' '.join(arguments[:2])} did not end within {timeout_s:g} s."
-            )
-        return done
+        return path, minor_of(version), (note,)
 
 
 def this_platform() -> str:
     """What environments are locked for here, such as ``linux-x86_64-3.11``."""
-    return f"{sys.platform}-{platform.machine()}-{_OWN_MINOR}"
-
-
-def _own_python() -> Path:
-    """The interpreter that our own virtual environment was made from."""
-    path = Path(sys.base_prefix) / "bin" / f"python{_OWN_MINOR}"
-    return path if path.exists() else Path(sys.executable).resolve()
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return Version(version).release
-
-
-def _tool_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in environ.items() if name not in _PYTHON_VARIABLES}
-    return kept | {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "NO_COLOR": "1"}
+    return f"{sys.platform}-{platform.machine()}-{OWN_MINOR}"
 
 
 def _with_header(lock: str, minor: str, imports: Sequence[str]) -> str:
@@ -414,12 +343,3 @@ def _unresolvable(what: str, python: Path, exc: UnsolvableError) -> FlopsError:
         f"{what} cannot be resolved for {python.name}: {essence(str(exc))}",
         details={"output": str(exc)[-4_000:]},
     )
-
-
-def _tool_error(done: Completed, what: str) -> FlopsError:
-    code = ErrorCode.ENVIRONMENT_BUILD_FAILED
-    if _FULL_DISK.search(done.errors):
-        code = ErrorCode.DISK_FULL
-    elif _NO_INDEX.search(done.errors):
-        code = ErrorCode.UNREACHABLE
-    return FlopsError(code, f"{what}: {essence(done.errors)}", details={"output": done.errors[-4_000:]})

@@ -1,0 +1,145 @@
+"""The uv program: run with a deadline, its failures as our errors, and the Pythons of this machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from packaging.version import Version
+
+from flops.command import Completed, run_command
+from flops.core.requirements import OLDEST_PYTHON
+from flops.core.resolution import essence
+from flops.errors import ErrorCode, FlopsError
+
+OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
+_FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceeded", re.IGNORECASE)
+_NO_INDEX = re.compile(
+    r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
+)
+_PYTHON_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
+
+
+class UvProgram:
+    """Runs uv.
+
+    Args:
+        uv: the program.
+        environ: its environment. Its ``UV_*`` variables decide which index, cache and links are used.
+    """
+
+    def __init__(self, uv: Path, environ: Mapping[str, str]) -> None:
+        self._uv = uv
+        self.environ = _tool_environment(environ)
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        timeout_s: float,
+        watch: Callable[[str], None] = lambda _: None,
+        keep_open: Sequence[int] = (),
+    ) -> Completed:
+        """Run it to its end.
+
+        Args:
+            arguments: of uv.
+            cwd: the folder it runs in.
+            timeout_s: seconds after which it is killed.
+            watch: is told what is new on standard error.
+            keep_open: file descriptors it inherits, such as a lock that must outlive us.
+
+        Raises:
+            FlopsError: ``timeout``; ``environment_build_failed`` when it is not there.
+            StoppedError: the work became needless.
+        """
+        try:
+            done = run_command(
+                [str(self._uv), *arguments],
+                environ=self.environ,
+                cwd=cwd,
+                timeout_s=timeout_s,
+                watch=watch,
+                keep_open=keep_open,
+            )
+        except FileNotFoundError as exc:
+            raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, f"{self._uv} is not there.") from exc
+        if done.is_timed_out:
+            raise FlopsError(
+                ErrorCode.TIMEOUT, f"uv {' '.join(arguments[:2])} did not end within {timeout_s:g} s."
+            )
+        return done
+
+    def find_python(self, minor: str) -> Path:
+        """An interpreter of this machine by its ``major.minor``.
+
+        Raises:
+            FlopsError: ``environment_build_failed`` when there is none.
+        """
+        if minor == OWN_MINOR:
+            return own_python()
+        for version, path in self.installed_pythons():
+            if minor_of(version) == minor:
+                return path
+        raise FlopsError(
+            ErrorCode.ENVIRONMENT_BUILD_FAILED,
+            f"Python {minor} is not installed on {platform.node()}.",
+            hint=f"Install Python {minor} there, or ask for another one in the dependency file.",
+        )
+
+    def installed_pythons(self) -> list[tuple[str, Path]]:
+        """Versions and interpreters that can be used, newest first."""
+        command = ["python", "list", "--only-installed", "--output-format", "json"]
+        with tempfile.TemporaryDirectory() as scratch:
+            done = self.run(command, Path(scratch), 60.0)
+        if done.exit_code != 0:
+            return []
+        found = [
+            (Version(entry["version"]), Path(entry["path"]))
+            for entry in json.loads(done.output)
+            if entry.get("implementation") == "cpython" and entry.get("variant") == "default"
+        ]
+        usable = [(version, path) for version, path in found if version.release[:2] >= OLDEST_PYTHON]
+        usable.sort(key=lambda item: item[0], reverse=True)
+        return [(str(version), path) for version, path in usable]
+
+
+def own_python() -> Path:
+    """The interpreter that our own virtual environment was made from."""
+    path = Path(sys.base_prefix) / "bin" / f"python{OWN_MINOR}"
+    return path if path.exists() else Path(sys.executable).resolve()
+
+
+def minor_of(version: str) -> str:
+    """The ``major.minor`` of a version."""
+    return ".".join(version.split(".")[:2])
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The numbers of a version, which can be compared."""
+    return Version(version).release
+
+
+def is_disk_full(errors: str) -> bool:
+    """Whether what a program wrote to standard error says that a disk is full."""
+    return bool(_FULL_DISK.search(errors))
+
+
+def uv_error(done: Completed, what: str) -> FlopsError:
+    """The error users see when uv failed."""
+    code = ErrorCode.ENVIRONMENT_BUILD_FAILED
+    if is_disk_full(done.errors):
+        code = ErrorCode.DISK_FULL
+    elif _NO_INDEX.search(done.errors):
+        code = ErrorCode.UNREACHABLE
+    return FlopsError(code, f"{what}: {essence(done.errors)}", details={"output": done.errors[-4_000:]})
+
+
+def _tool_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in environ.items() if name not in _PYTHON_VARIABLES}
+    return kept | {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "NO_COLOR": "1"}
