@@ -96,6 +96,14 @@ OF_THE_MANAGER = st.one_of(
 )
 OF_USERS = st.one_of(st.builds(life.StopRequested), st.builds(life.DeleteRequested))
 
+# Whose result a project waits for, per stage.
+DECISIVE = {
+    Stage.BUILDING: "builder-p1",
+    Stage.PLACING: "aggregator-p1",
+    Stage.TRAINING: "aggregator-p1",
+    Stage.DEPLOYING: "inference-p1",
+}
+
 # What brings a project on, so that runs reach every stage.
 NEXT: dict[Stage, life.LifecycleEvent] = {
     Stage.RESOLVING: life.PlacementDecided(placement=PLACEMENT),
@@ -125,11 +133,22 @@ class LifeMachine(RuleBasedStateMachine):
 
     @rule(event=OF_SERVICES)
     def a_service_reports(self, event: life.LifecycleEvent) -> None:
+        self.report(event)
+
+    def report(self, event: life.LifecycleEvent) -> None:
         self.seq += 1
         self.happen(event.model_copy(update={"seq": self.seq}))
 
+    @precondition(lambda self: self.project.stage in DECISIVE and self.project.placement is not None)
+    @rule(state=st.sampled_from([ServiceState.COMPLETED, ServiceState.FAILED, ServiceState.LOST]))
+    def the_awaited_service_ends(self, state: ServiceState) -> None:
+        service = ServiceId(DECISIVE[self.project.stage])
+        self.report(life.ServiceChanged(service_id=service, node="alpha", state=state))
+
     @rule(event=OF_THE_MANAGER)
     def the_manager_goes_on(self, event: life.LifecycleEvent) -> None:
+        if isinstance(event, life.ServicesEnded):  # what the effect of a stop finds ended already
+            event = life.ServicesEnded(services=tuple(s for s in event.services if s in self.requested))
         self.happen(event)
 
     @rule()
@@ -207,6 +226,12 @@ class LifeMachine(RuleBasedStateMachine):
             assert set(project.services) <= self.requested | {"inference-p1"}
         deletions = [e for e in self.effects if e.kind is EffectKind.DELETE_PROJECT]
         assert len(deletions) == int(project.is_deletion_requested and self.is_quiet())
+
+    @invariant()
+    def nobody_waits_for_a_service_that_is_gone(self) -> None:
+        project = self.project
+        if project.stage in DECISIVE and project.placement is not None:
+            assert DECISIVE[project.stage] in project.services
 
     def is_quiet(self) -> bool:
         running = set(self.project.services) - set(self.project.lost_services)

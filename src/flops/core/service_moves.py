@@ -96,7 +96,7 @@ def changed(change: Change, event: ServiceChanged) -> None:
         case ServiceState.FAILED:
             _failed(change, event)
         case ServiceState.COMPLETED | ServiceState.STOPPED:
-            forget(change, [event.service_id])
+            _ended(change, event)
         case _:
             pass
     end_if_nothing_runs(change)
@@ -172,6 +172,26 @@ def _failed(change: Change, event: ServiceChanged) -> None:
         change.set(inference_url="", doing=f"Completed; the inference service ended: {failure.message}")
 
 
+def _ended(change: Change, event: ServiceChanged) -> None:
+    """A service ended in peace. Its result is told before its end: a decisive one has ended without any.
+
+    The project would wait in its stage for a service that is gone.
+    """
+    kind, stage = _kind(event.service_id), change.project.stage
+    if kind == _DECISIVE.get(stage):
+        _failed(change, event)
+        return
+    forget(change, [event.service_id])
+    if kind == ServiceKind.INFERENCE.value and change.project.inference_url:
+        change.set(inference_url="", doing="Completed; the inference service has ended.")
+        change.note(
+            f"The inference service on {event.node} has ended; the model is not served any more.",
+            kind="service_ended",
+            service=event.service_id,
+            node=event.node,
+        )
+
+
 def _lose_learner(change: Change, learner: ServiceId, failure: Failure) -> None:
     """Count a learner out. The project fails when too few are left for the training ever to go on.
 
@@ -215,10 +235,12 @@ def _located(failure: Failure, service: ServiceId, node: str) -> Failure:
 
 
 def _unexplained(event: ServiceChanged) -> Failure:
-    message = f"The {_name(event.service_id)} on {event.node} ended unexpectedly{_exit(event)}."
+    how = f"ended unexpectedly{_exit(event)}"
+    if event.state is not ServiceState.FAILED:
+        how = "ended without telling a result"
     return Failure(
         code=ErrorCode.SERVICE_FAILED.value,
-        message=f"{message} {event.detail}".strip(),
+        message=f"The {_name(event.service_id)} on {event.node} {how}. {event.detail}".strip(),
         hint=CATALOGUE[ErrorCode.SERVICE_FAILED].hint,
     )
 

@@ -289,6 +289,26 @@ def test_a_service_that_ends_without_a_word_is_explained() -> None:
     assert "exit code -9" in failed.project.failure.message
 
 
+@pytest.mark.parametrize(
+    ("stage", "service", "name"),
+    [
+        (Stage.BUILDING, "builder-p1", "builder"),
+        (Stage.PLACING, "aggregator-p1", "aggregator"),
+        (Stage.TRAINING, "aggregator-p1", "aggregator"),
+        (Stage.DEPLOYING, "inference-p1", "inference service"),
+    ],
+)
+def test_a_decisive_service_that_ends_without_a_result_fails_its_project(
+    stage: Stage, service: str, name: str
+) -> None:
+    failed = at(stage).happen(changed(service, ServiceState.COMPLETED, exit_code=0))
+    assert failed.project.stage is Stage.FAILED
+    assert failed.project.failure is not None
+    assert failed.project.failure.code == "service_failed"
+    assert f"The {name} on alpha ended without telling a result." in failed.project.failure.message
+    assert set(failed.project.services) <= failed.stopped()
+
+
 def test_a_learner_that_fails_is_the_aggregators_business_while_enough_are_left() -> None:
     training = at(Stage.TRAINING, min_fit_clients=1).happen(life.RoundStarted(round=1, rounds=3))
     training.happen(changed("learner-p1-1", ServiceState.FAILED, failure=FAILURE))
@@ -378,6 +398,12 @@ def test_stopping_a_completed_project_takes_its_model_down() -> None:
 def test_a_completed_project_tells_when_its_model_is_served_no_more() -> None:
     done = at(Stage.COMPLETED).happen(changed("inference-p1", ServiceState.FAILED, failure=FAILURE))
     assert (done.project.stage, done.project.inference_url) == (Stage.COMPLETED, "")
+
+
+def test_a_server_that_ends_in_peace_serves_no_more() -> None:
+    done = at(Stage.COMPLETED).happen(changed("inference-p1", ServiceState.COMPLETED, exit_code=0))
+    assert (done.project.stage, done.project.inference_url) == (Stage.COMPLETED, "")
+    assert done.lines[-1] == "The inference service on alpha has ended; the model is not served any more."
 
 
 def test_an_inference_service_may_move() -> None:
