@@ -119,6 +119,21 @@ class TestShim:
         assert self.end(hiding).state is ServiceState.COMPLETED, hiding.output(S1)
         assert hiding.output(S1).split() == ["read", *["refused"] * (len(names) - 1 + len(present))]
 
+    def test_a_confined_service_reaches_neither_its_shim_nor_proc(
+        self, runtime: ProcessRuntime, tmp_path: Path
+    ) -> None:
+        if not {"files", "signals"} <= set(runtime.limits()[0]):
+            pytest.skip("files and signals are not limited here")
+        code = (
+            "import os\n"
+            "for attempt in (lambda: os.kill(os.getppid(), 0), lambda: open('/proc/self/comm', 'w')):\n"
+            "    try: attempt(); print('reached')\n"
+            "    except PermissionError: print('refused')"
+        )
+        runtime.start(S1, [sys.executable, "-I", "-c", code], {}, tmp_path, Resources(), Reach())
+        self.end(runtime)
+        assert runtime.output(S1) == "refused\nrefused\n"
+
     def test_a_process_id_that_is_another_process_now_is_not_it(
         self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
     ) -> None:

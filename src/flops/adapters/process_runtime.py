@@ -12,19 +12,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
-
-import psutil
 
 from flops.adapters import confinement
 from flops.adapters import service_shim as shim
 from flops.adapters.output_files import open_parts, remove_output
+from flops.adapters.process_usage import UsageMeter
 from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
 from flops.core.output import Output, piece_of
 from flops.core.reach import Reach
+from flops.core.service_end import (
+    MACHINE_RESTARTED,
+    WANTED_MEMORY,
+    ended_status,
+    restart_heading,
+    stopped_status,
+)
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 
@@ -57,12 +63,6 @@ class Limiter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _CpuSample:
-    at_s: float
-    cpu_s: float
-
-
 class ProcessRuntime:
     """Implements `flops.ports.Runtime`.
 
@@ -88,7 +88,7 @@ class ProcessRuntime:
         self._output_dir = output_dir
         self._limiter = limiter
         self._output_bytes = output_bytes
-        self._samples: dict[ServiceId, _CpuSample] = {}
+        self._meter = UsageMeter()
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def start(
@@ -128,7 +128,7 @@ class ProcessRuntime:
             "output": str(self._output_dir / f"{service_id}.log"),
             "output_bytes": self._output_bytes,
             "attempt": attempt,
-            "heading": "" if before is None else _heading(attempt, before),
+            "heading": "" if before is None else restart_heading(attempt, before),
             "groups": [str(group) for group in groups],
             "oom_files": [str(file) for group in groups if (file := self._limiter.oom_file(group))],
             "confinement": confined,
@@ -171,11 +171,8 @@ class ProcessRuntime:
             return None
         self._sweep(service_id)
         if identity.get("boot_id") != self._boot_id:
-            detail = "The machine was restarted."
-            return ServiceStatus(service_id=service_id, state=ServiceState.STOPPED, detail=detail)
-        return _failed(
-            service_id, -9, ErrorCode.SERVICE_FAILED, "was killed, together with the process that watches it"
-        )
+            return stopped_status(service_id, None, MACHINE_RESTARTED)
+        return ended_status(service_id, -9, problem="was killed, together with the process that watches it")
 
     def stop(self, service_id: ServiceId, *, grace_s: float = 5.0) -> None:
         """End the service with all its children: first politely, after `grace_s` for good."""
@@ -197,7 +194,7 @@ class ProcessRuntime:
         folder = self._folder(service_id)
         remove_output(self._output_path(service_id))
         shutil.rmtree(folder, ignore_errors=True)
-        self._samples.pop(service_id, None)
+        self._meter.forget(service_id)
 
     def running(self) -> list[ServiceId]:
         """Every service of this runtime that runs now."""
@@ -208,23 +205,7 @@ class ProcessRuntime:
     def usage(self, service_id: ServiceId) -> ServiceUsage:
         """What the service uses now; zeros when it is not running."""
         pid = self._living_shim(self._folder(service_id))
-        memory_bytes, cpu_s, count = 0, 0.0, 0
-        for child in shim.living_descendants(pid) if pid is not None else set():
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(child)
-                with process.oneshot():
-                    times = process.cpu_times()
-                    memory_bytes += process.memory_info().rss
-                    cpu_s += times.user + times.system + times.children_user + times.children_system
-                    count += 1
-        now = _CpuSample(time.monotonic(), cpu_s)
-        before = self._samples.get(service_id, now)
-        self._samples[service_id] = now
-        pause_s = now.at_s - before.at_s
-        percent = max(0.0, now.cpu_s - before.cpu_s) / pause_s * 100 if pause_s > 0 else 0.0
-        return ServiceUsage(
-            memory_mb=round(memory_bytes / 1024**2, 1), cpu_percent=round(percent, 1), processes=count
-        )
+        return self._meter.measure(service_id, shim.living_descendants(pid) if pid is not None else ())
 
     def output(self, service_id: ServiceId, *, tail_bytes: int = 65_536) -> str:
         """The end of the service's output; "" when there is none."""
@@ -296,43 +277,15 @@ def _fresh_folder(path: Path) -> Path:
     return path
 
 
-def _heading(attempt: int, before: ServiceStatus) -> str:
-    why = before.detail or "It had done its work."
-    return f"── started again (attempt {attempt}): {why}"
-
-
 def _ended(service_id: ServiceId, record: Mapping[str, Any]) -> ServiceStatus:
-    code = record.get("exit_code")
     if record.get("is_stopped"):
-        return ServiceStatus(
-            service_id=service_id, state=ServiceState.STOPPED, exit_code=code, detail="It was ended."
-        )
-    if code == 0:
-        return ServiceStatus(service_id=service_id, state=ServiceState.COMPLETED, exit_code=0)
-    if record.get("oom_kills"):
-        return _failed(service_id, code, ErrorCode.OUT_OF_MEMORY, "needed more memory than it may use")
-    return _failed(
-        service_id, code, ErrorCode.SERVICE_FAILED, str(record.get("problem") or describe_exit(code))
+        return stopped_status(service_id, record.get("exit_code"))
+    return ended_status(
+        service_id,
+        record.get("exit_code"),
+        out_of_memory=WANTED_MEMORY if record.get("oom_kills") else "",
+        problem=str(record.get("problem") or ""),
     )
-
-
-def _failed(service_id: ServiceId, exit_code: int | None, code: ErrorCode, why: str) -> ServiceStatus:
-    error = FlopsError(code, f"{service_id} {why}.", details={"exit_code": exit_code})
-    return ServiceStatus(
-        service_id=service_id,
-        state=ServiceState.FAILED,
-        exit_code=exit_code,
-        detail=error.message,
-        error=error.to_dict(),
-    )
-
-
-def describe_exit(code: int | None) -> str:
-    """An exit code in words."""
-    if code is not None and code < 0:
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
 
 
 def _processes_marked(mark: bytes) -> set[int]:

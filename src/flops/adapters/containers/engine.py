@@ -1,0 +1,305 @@
+"""A container engine of this machine (Docker or Podman), by its Docker Engine API on a UNIX socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from flops.errors import ErrorCode, FlopsError
+
+TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 5.0
+_PULL_TIMEOUT_S = 600.0  # without any news
+_FRAME_HEAD_BYTES = 8
+
+
+class EngineRefusedError(Exception):
+    """The engine answered, and did not do it.
+
+    Args:
+        status: HTTP status.
+        message: the engine's own words, in one line.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine is, and what it can.
+
+    Args:
+        name: "docker" or "podman".
+        version: of the engine.
+        cgroup_version: 1 or 2; 0 when it does not say.
+        is_rootless: it runs without root's rights.
+        limits: which of "memory", "cpu" and "pids" it enforces.
+        runtimes: names of its OCI runtimes.
+        warnings: what it says about itself.
+    """
+
+    name: str
+    version: str
+    cgroup_version: int
+    is_rootless: bool
+    limits: tuple[str, ...]
+    runtimes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class ContainerEngine:
+    """Talks to one engine; thread-safe. Nothing is kept here: the engine knows its containers.
+
+    All methods raise `FlopsError` ``unreachable`` or ``timeout`` when the engine does not answer, and
+    `EngineRefusedError` when it refuses.
+
+    Args:
+        socket: of the engine.
+    """
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self._client = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket)),
+            base_url="http://engine",  # the paths name no version: each engine serves its newest
+            timeout=httpx.Timeout(TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
+        )
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._client.close()
+
+    def facts(self) -> EngineFacts:
+        """What the engine is."""
+        version, info = self._json("GET", "/version"), self._json("GET", "/info")
+        components = [str(part.get("Name", "")) for part in version.get("Components") or ()]
+        has = {
+            "memory": info.get("MemoryLimit"),
+            "cpu": info.get("CpuCfsQuota"),
+            "pids": info.get("PidsLimit"),
+        }
+        return EngineFacts(
+            name="podman" if any("Podman" in name for name in components) else "docker",
+            version=str(version.get("Version", "")),
+            cgroup_version=int(str(info.get("CgroupVersion") or 0)),
+            is_rootless=any("rootless" in str(option) for option in info.get("SecurityOptions") or ()),
+            limits=tuple(name for name, is_there in has.items() if is_there),
+            runtimes=tuple(sorted(info.get("Runtimes") or ())),
+            warnings=tuple(str(line) for line in info.get("Warnings") or ()),
+        )
+
+    def create(self, name: str, body: Mapping[str, Any]) -> str:
+        """Make a container; returns its id."""
+        return str(self._json("POST", "/containers/create", params={"name": name}, body=body)["Id"])
+
+    def start(self, name: str) -> None:
+        """Start a container; one that runs is left alone."""
+        self._call("POST", f"/containers/{name}/start")
+
+    def inspect(self, name: str) -> dict[str, Any] | None:
+        """What a container is and how it stands; None when there is none of this name."""
+        try:
+            return self._json("GET", f"/containers/{name}/json")
+        except EngineRefusedError as exc:
+            if exc.status == httpx.codes.NOT_FOUND:
+                return None
+            raise
+
+    def list(self, label: str, *, only_running: bool = False) -> list[dict[str, Any]]:
+        """All containers with a label ``name=value``."""
+        filters: dict[str, list[str]] = {"label": [label]}
+        if only_running:
+            filters["status"] = ["running"]
+        params = {"all": "true", "filters": json.dumps(filters)}
+        found = self._call("GET", "/containers/json", params=params).json()
+        return [entry for entry in found or () if isinstance(entry, dict)]
+
+    def stop(self, name: str, grace_s: float) -> None:
+        """Ask a container to end, kill it after a while, and wait; one that does not run is no error."""
+        with self._if_there():
+            params = {"t": str(max(0, round(grace_s)))}
+            self._call("POST", f"/containers/{name}/stop", params=params, timeout_s=TIMEOUT_S + grace_s)
+
+    def signal(self, name: str, signal_name: str) -> None:
+        """Send a signal to a container's main process; one that does not run is no error."""
+        with contextlib.suppress(EngineRefusedError):
+            self._call("POST", f"/containers/{name}/kill", params={"signal": signal_name})
+
+    def wait(self, name: str, timeout_s: float) -> bool:
+        """Wait for a container's end; whether it came."""
+        try:
+            with self._if_there():
+                self._call("POST", f"/containers/{name}/wait", timeout_s=timeout_s)
+        except FlopsError as error:
+            if error.code is not ErrorCode.TIMEOUT:
+                raise
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Kill and remove a container with its anonymous volumes; an unknown one is no error."""
+        with self._if_there():
+            self._call("DELETE", f"/containers/{name}", params={"force": "true", "v": "true"})
+
+    def logs(self, name: str, since_s: int) -> Iterator[tuple[int, bytes]]:
+        """What a container has written since a second of the epoch: pairs of the second, and the bytes.
+
+        A line longer than the engine's buffer comes in several pieces.
+        """
+        params = {"stdout": "true", "stderr": "true", "timestamps": "true", "since": str(since_s)}
+        with self._stream("GET", f"/containers/{name}/logs", params=params) as response:
+            for frame in _frames(response.iter_bytes()):
+                stamp, _, data = frame.partition(b" ")
+                yield int(datetime.fromisoformat(stamp.decode()).timestamp()), data
+
+    def has_image(self, reference: str) -> bool:
+        """Whether an image is here."""
+        return self.image(reference) is not None
+
+    def image(self, reference: str) -> dict[str, Any] | None:
+        """What an image is; None when it is not here."""
+        try:
+            return self._json("GET", f"/images/{reference}/json")
+        except EngineRefusedError as exc:
+            if exc.status == httpx.codes.NOT_FOUND:
+                return None
+            raise
+
+    def import_root(self, reference: str, archive: bytes) -> None:
+        """Make an image of one layer from a tar archive."""
+        params = {"fromSrc": "-", "repo": reference}
+        self._read_progress("/images/create", params, archive)
+        if not self.has_image(reference):
+            raise EngineRefusedError(500, f"{reference} was taken in, but is not there")
+
+    def load(self, archive: Iterator[bytes]) -> None:
+        """Take in images from an archive, as ``docker save`` or an OCI layout in a tar."""
+        self._read_progress("/images/load", {"quiet": "true"}, archive)
+
+    def pull(self, reference: str) -> None:
+        """Bring an image here from its registry.
+
+        An engine answers 200 before it begins: what fails later stands in the stream only, and Podman may
+        fail without a word there. So the stream is read whole, and the image is looked for afterwards.
+        """
+        self._read_progress("/images/create", {"fromImage": reference}, b"")
+        if not self.has_image(reference):
+            raise EngineRefusedError(404, f"{reference} was pulled, but is not there")
+
+    def remove_image(self, reference: str) -> None:
+        """Remove an image; an unknown one is no error.
+
+        Raises:
+            EngineRefusedError: a container uses it.
+        """
+        with self._if_there():
+            self._call("DELETE", f"/images/{reference}")
+
+    def _read_progress(self, path: str, params: Mapping[str, str], content: Any) -> None:
+        headers = {"Content-Type": "application/x-tar"}
+        with self._stream(
+            "POST", path, params=params, content=content, headers=headers, timeout_s=_PULL_TIMEOUT_S
+        ) as response:
+            for line in response.iter_lines():
+                with contextlib.suppress(ValueError):
+                    news = json.loads(line)
+                    if isinstance(news, dict) and news.get("error"):
+                        raise EngineRefusedError(502, _one_line(str(news["error"])))
+
+    @contextlib.contextmanager
+    def _if_there(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineRefusedError as exc:
+            if exc.status not in {httpx.codes.NOT_FOUND, httpx.codes.NOT_MODIFIED}:
+                raise
+
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        answer = self._call(method, path, **options).json()
+        return answer if isinstance(answer, dict) else {}
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> httpx.Response:
+        with self._translated(path):
+            response = self._client.request(
+                method, path, params=params, json=body, timeout=_timeout(timeout_s)
+            )
+        _check(response)
+        return response
+
+    @contextlib.contextmanager
+    def _stream(
+        self, method: str, path: str, *, timeout_s: float = TIMEOUT_S, **options: Any
+    ) -> Iterator[httpx.Response]:
+        with (
+            self._translated(path),
+            self._client.stream(method, path, timeout=_timeout(timeout_s), **options) as response,
+        ):
+            if response.status_code >= httpx.codes.BAD_REQUEST:
+                response.read()
+            _check(response)
+            yield response
+
+    @contextlib.contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TimeoutException as exc:
+            raise FlopsError(
+                ErrorCode.TIMEOUT, f"The container engine at {self.socket} did not answer {path} in time."
+            ) from exc
+        except httpx.HTTPError as exc:
+            raise FlopsError(
+                ErrorCode.UNREACHABLE,
+                f"The container engine at {self.socket} does not answer: {str(exc) or type(exc).__name__}.",
+                hint="Start it: `systemctl start docker`, or `systemctl start podman.socket`.",
+            ) from exc
+
+
+def _timeout(read_s: float) -> httpx.Timeout:
+    return httpx.Timeout(read_s, connect=_CONNECT_TIMEOUT_S)
+
+
+def _check(response: httpx.Response) -> None:
+    if response.status_code < httpx.codes.BAD_REQUEST:
+        return
+    message = response.text
+    with contextlib.suppress(ValueError):
+        answer = response.json()
+        if isinstance(answer, dict):
+            message = str(answer.get("message") or message)
+    raise EngineRefusedError(response.status_code, _one_line(message))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500].rstrip(".")
+
+
+def _frames(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces of a multiplexed stream, each behind a head of 8 bytes that ends with its length."""
+    buffer = b""
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) >= _FRAME_HEAD_BYTES:
+            end = _FRAME_HEAD_BYTES + int.from_bytes(buffer[4:_FRAME_HEAD_BYTES], "big")
+            if len(buffer) < end:
+                break
+            yield buffer[_FRAME_HEAD_BYTES:end]
+            buffer = buffer[end:]

@@ -1,0 +1,131 @@
+"""A container engine for tests: Podman with all its state in one folder, which vanishes with it.
+
+Needs root and some of Debian's packages: `missing_for_podman` says what is not there, and
+``scripts/install-containers`` installs it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flops.testing.waiting import until
+
+_PROGRAMS = ("podman", "runc", "conmon", "catatonit")
+_CONFIGURATION = """
+[containers]
+default_ulimits = ["nofile={files}:{files}", "nproc=32768:32768"]
+log_driver = "k8s-file"
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[network]
+network_backend = "netavark"
+"""
+_REGISTRIES = """
+unqualified-search-registries = []
+[[registry]]
+location = "127.0.0.1"
+insecure = true
+[[registry]]
+location = "localhost"
+insecure = true
+"""
+
+
+def missing_for_podman() -> str:
+    """Why no engine can be started here; "" when one can."""
+    if os.geteuid() != 0:
+        return "needs root, to start a container engine"
+    missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.defpath}:/usr/sbin") is None]
+    return f"needs {', '.join(missing)} (scripts/install-containers installs it)" if missing else ""
+
+
+class Podman:
+    """An engine with its own containers, images and networks.
+
+    Args:
+        folder: of everything; its path has to be short, since that of a socket has to be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "podman.sock"
+        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        (folder / "containers.conf").write_text(_CONFIGURATION.format(files=files))
+        (folder / "registries.conf").write_text(_REGISTRIES)
+        self._env = {
+            "PATH": f"{os.defpath}:/usr/sbin:/sbin",
+            "HOME": str(folder),
+            "TMPDIR": str(folder),
+            "CONTAINERS_CONF": str(folder / "containers.conf"),
+            "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+        }
+        self._service: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the service, and wait until it listens."""
+        self.socket.unlink(missing_ok=True)
+        with (self.folder / "service.log").open("ab") as log:
+            self._service = subprocess.Popen(
+                [*self._command(), "system", "service", "--time=0", f"unix://{self.socket}"],
+                env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        until(self.socket.exists, "the socket of Podman")
+
+    def kill(self) -> None:
+        """Kill the service; the containers go on."""
+        if self._service is not None:
+            self._service.send_signal(signal.SIGKILL)
+            self._service.wait()
+            self._service = None
+
+    def run(self, *arguments: str) -> str:
+        """Run one of Podman's commands on this engine; returns what it prints."""
+        done = subprocess.run(
+            [*self._command(), *arguments], env=self._env, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    def close(self) -> None:
+        """Remove all containers, and whatever else there is."""
+        self.kill()
+        self.run("rm", "--all", "--force", "--time", "0")
+        self.run("network", "prune", "--force")
+        for mount in reversed(self.mounts()):
+            subprocess.run(["umount", "--lazy", mount], check=False)
+        shutil.rmtree(self.folder)
+
+    def mounts(self) -> list[str]:
+        """What is mounted in its folder."""
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        return [path for line in lines if (path := line.split()[1]).startswith(f"{self.folder}/")]
+
+    def _command(self) -> list[str]:
+        folders = {
+            "--root": "storage",
+            "--runroot": "run",
+            "--tmpdir": "tmp",
+            "--network-config-dir": "networks",
+        }
+        options = [text for name, folder in folders.items() for text in (name, str(self.folder / folder))]
+        return ["podman", *options]
+
+
+@contextmanager
+def running_podman() -> Iterator[Podman]:
+    """An engine that is gone afterwards, with all its containers and images."""
+    podman = Podman(Path(tempfile.mkdtemp(prefix="flops-podman-")))
+    try:
+        podman.start()
+        yield podman
+    finally:
+        podman.close()
