@@ -24,7 +24,7 @@ from flops.core.cluster import (
 )
 from flops.core.dataset import Damage, Fragment, TagLimits
 from flops.core.effects import Effect
-from flops.core.ids import Digest, EnvironmentKey, ProjectId, ServiceId
+from flops.core.ids import Digest, EnvironmentKey, NodeId, ProjectId, ServiceId
 from flops.core.output import Output
 from flops.core.project import Environment, MockData, Project, ProjectEvent, Repository
 from flops.core.reach import Reach
@@ -44,8 +44,7 @@ class ProjectStore(Protocol):
     def add(self, project: Project, events: Sequence[ProjectEvent], effects: Sequence[Effect]) -> None:
         """Store a new project with its first history and effects, all or nothing.
 
-        Raises:
-            FlopsError: ``conflict`` when the id exists.
+        Raises: FlopsError: ``conflict`` when the id exists.
         """
         ...
 
@@ -61,8 +60,7 @@ class ProjectStore(Protocol):
 
         Effects whose key is already stored (pending or done) are not added again.
 
-        Raises:
-            FlopsError: ``conflict`` unless the stored version is ``project.version - 1``.
+        Raises: FlopsError: ``conflict`` unless the stored version is ``project.version - 1``.
         """
         ...
 
@@ -199,6 +197,13 @@ class Orchestrator(Protocol):
         """All nodes of the cluster, connected or not."""
         ...
 
+    def remove_node(self, node_id: NodeId, *, is_forced: bool = False) -> None:
+        """Forget a node that is gone; if forced, also one with services: they have failed then.
+
+        Raises: FlopsError: ``node_not_found``; ``conflict`` for a connected node, or one with services.
+        """
+        ...
+
     def services(self, project_id: str | None = None) -> list[Service]:
         """All services, or those of one project."""
         ...
@@ -250,8 +255,7 @@ class Blobs(Protocol):
     def get(self, digest: Digest) -> bytes:
         """Load bytes.
 
-        Raises:
-            FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
+        Raises: FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
         """
         ...
 
@@ -273,8 +277,7 @@ class BlobUpload(Protocol):
     def commit(self, expected: Digest) -> None:
         """Store the bytes durably; on failure nothing is stored.
 
-        Raises:
-            FlopsError: ``upload_incomplete`` when their digest is another one; ``disk_full``.
+        Raises: FlopsError: ``upload_incomplete`` when their digest is another one; ``disk_full``.
         """
         ...
 
@@ -300,8 +303,7 @@ class BlobStreams(Blobs, Protocol):
     def chunks(self, digest: Digest) -> Iterator[bytes]:
         """The bytes, piece by piece, verified before the first piece is given.
 
-        Raises:
-            FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
+        Raises: FlopsError: ``not_found``, or ``internal`` when the stored bytes are damaged.
         """
         ...
 
@@ -415,8 +417,7 @@ class DataCatalog(Protocol):
     def tags(self) -> list[DataTag]:
         """Every tag with its rows, bytes, columns and last write.
 
-        Raises:
-            FlopsError: ``unreachable`` when the data server does not answer.
+        Raises: FlopsError: ``unreachable`` when the data server does not answer.
         """
         ...
 
@@ -445,8 +446,7 @@ class FragmentUpload(Protocol):
     def publish(self, fragment_id: str, digest: str, first_row: int, rows: int) -> Fragment:
         """Give the sealed rows their place, durably; a fragment is whole or it is not there.
 
-        Raises:
-            FlopsError: ``disk_full``; nothing is stored then.
+        Raises: FlopsError: ``disk_full``; nothing is stored then.
         """
         ...
 
@@ -472,8 +472,7 @@ class FragmentStore(Protocol):
     def read(self, fragment: Fragment) -> Iterator[Any]:
         """The rows in batches of a few MB at most, unless a single row is larger.
 
-        Raises:
-            FlopsError: ``fragment_not_found`` when it was removed; ``fragment_damaged``.
+        Raises: FlopsError: ``fragment_not_found`` when it was removed; ``fragment_damaged``.
         """
         ...
 

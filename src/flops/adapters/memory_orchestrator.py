@@ -8,6 +8,7 @@ from typing import Any
 
 from flops.core.cluster import ClusterEvent, Node, Service, ServiceSpec, ServiceState, ServiceStatus
 from flops.core.ids import NodeId, ServiceId
+from flops.core.node_removal import check_removal, status_when_node_removed
 from flops.core.output import Output, piece_of
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Clock
@@ -48,6 +49,24 @@ class MemoryOrchestrator:
         with self._lock:
             return [s for s in self._services.values() if project_id in {None, s.spec.project_id}]
 
+    def remove_node(self, node_id: NodeId, *, is_forced: bool = False) -> None:
+        """Forget a node that has left.
+
+        Raises:
+            FlopsError: ``node_not_found``, ``conflict``.
+        """
+        with self._lock:
+            if node_id not in self._nodes:
+                raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"Node {node_id} is unknown.")
+            node = self._nodes[node_id]
+            services = [s for s in self._services.values() if s.spec.node_id == node_id]
+            alive = [service for service in services if not service.status.state.is_final]
+            check_removal(node, alive, is_forced=is_forced)
+            for service in alive:
+                self._put_status(status_when_node_removed(service, node.name))
+            del self._nodes[node_id]
+        self._wake()
+
     def start_service(self, spec: ServiceSpec) -> None:
         """Record a service as pending; the caller reports what becomes of it.
 
@@ -73,8 +92,8 @@ class MemoryOrchestrator:
             if service is None:
                 return
             self._services[service_id] = service.model_copy(update={"should_run": False})
-            is_connected = self._nodes[service.spec.node_id].is_connected
-            if self._nodes_obey or not is_connected:
+            node = self._nodes.get(service.spec.node_id)
+            if self._nodes_obey or node is None or not node.is_connected:
                 self._take_in(service_id, ServiceState.STOPPED, "asked to stop")
         self._wake()
 
@@ -99,7 +118,9 @@ class MemoryOrchestrator:
             service = self._services.get(service_id)
             if service is None:
                 raise FlopsError(ErrorCode.SERVICE_NOT_FOUND, f"Service {service_id} does not exist.")
-            node = self._nodes[service.spec.node_id]
+            node = self._nodes.get(service.spec.node_id)
+            if node is None:
+                raise FlopsError(ErrorCode.NODE_LOST, f"The node that had {service_id} was removed.")
             if not node.is_connected:
                 raise FlopsError(ErrorCode.NODE_LOST, f"Node {node.name}, which has {service_id}, is away.")
             output = self.logs.get(service_id, "").encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -61,15 +62,28 @@ def show_node(
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Show a node: its machine, addons and data, and what is wrong with it."""
+    from flops.core.cluster import find_node
     from flops.wire.rest import NodeList
 
     with connected() as api:
-        nodes = api.get("/nodes", NodeList).nodes
-    found = next((n for n in nodes if name in {n.id, n.name}), None)
-    if found is None:
-        known = ", ".join(n.name for n in nodes) or "none has joined yet"
-        raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"There is no node {name!r}; there are: {known}.")
+        found = find_node(api.get("/nodes", NodeList).nodes, name)
     print_data(found, output_format, lambda: show_one_node(found))
+
+
+@node.command("remove")
+def remove_node(
+    name: Annotated[str, typer.Argument(help="Name or id of the node.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when it has services: they count as failed then.")
+    ] = False,
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Forget a node that is gone and will not come back."""
+    from flops.wire.rest import Message
+
+    with connected() as api:
+        answer = api.delete(f"/nodes/{quote(name, safe='')}", Message, force="true" if force else None)
+    print_data(answer, output_format, lambda: say(answer.message))
 
 
 @mock_data.command("create")

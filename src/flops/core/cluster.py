@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from flops.core.ids import Digest, NodeId, ServiceId
 from flops.core.model import Value
+from flops.errors import ErrorCode, FlopsError
 
 LEARNER_ADDON = "FLOps-learner"
 IMAGE_BUILDER_ADDON = "image-builder"
@@ -93,6 +95,27 @@ class Node(Value):
     def rows_of(self, tags: tuple[str, ...]) -> int:
         """Rows this node holds under any of the tags."""
         return sum(t.rows for t in self.data_tags if t.name in tags)
+
+
+NodeType = TypeVar("NodeType", bound=Node)
+
+
+def find_node(nodes: Sequence[NodeType], name: str) -> NodeType:
+    """The node with a name or an id.
+
+    Raises:
+        FlopsError: ``node_not_found``; ``conflict`` when several nodes have the name.
+    """
+    found = [node for node in nodes if name in {node.id, node.name}]
+    if not found:
+        known = ", ".join(node.name for node in nodes) or "none has joined yet"
+        raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"There is no node {name!r}; there are: {known}.")
+    if len(found) > 1:
+        ids = ", ".join(f"{n.id} ({'connected' if n.is_connected else 'gone'})" for n in found)
+        raise FlopsError(
+            ErrorCode.CONFLICT, f"{len(found)} nodes are called {name}: {ids}.", hint="Give the id instead."
+        )
+    return found[0]
 
 
 class ServiceKind(StrEnum):

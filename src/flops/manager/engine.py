@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from flops import __version__
 from flops.command import StoppedError, stopped_when
-from flops.core.cluster import AddonState, ClusterEvent, Node, Service, ServiceKind
+from flops.core.cluster import AddonState, ClusterEvent, Node, Service, ServiceKind, find_node
 from flops.core.effects import Effect, EffectKind
 from flops.core.events import (
     Aborted,
@@ -202,6 +202,17 @@ class Engine:
     def examined_nodes(self) -> list[ExaminedNode]:
         """All nodes of the cluster, each with its health."""
         return examine_nodes(self.nodes(), self.services(), self._clock.now_s(), __version__)
+
+    def remove_node(self, name: str, *, is_forced: bool = False) -> Node:
+        """Forget a node that is gone for good, by its name or id; returns what was known of it.
+
+        Raises:
+            FlopsError: ``node_not_found``; ``conflict`` when it is connected, or several nodes have the name,
+                or, unless forced, it has services that have not ended.
+        """
+        node = find_node(self.nodes(), name)
+        self._orchestrator.remove_node(node.id, is_forced=is_forced)
+        return node
 
     def services(self, project_id: str | None = None) -> list[Service]:
         """All services of the cluster, or those of one project."""

@@ -155,6 +155,15 @@ def _add_cluster(router: APIRouter, engine: Engine, status: Callable[[], Control
         """All nodes, connected or not, each with its health."""
         return NodeList(nodes=tuple(engine.examined_nodes()))
 
+    @router.delete("/nodes/{name}", tags=["cluster"])
+    def remove_node(
+        name: str,
+        force: Annotated[bool, Query(description="also with services: they have failed then")] = False,
+    ) -> Message:
+        """Forget a node that is gone for good, by its name or id."""
+        node = engine.remove_node(name, is_forced=force)
+        return Message(message=f"Node {node.name} ({node.id}) was removed.")
+
     @router.get("/services", tags=["cluster"])
     def list_services() -> ServiceList:
         """All services. Their configurations are left out: they hold tokens."""

@@ -22,6 +22,7 @@ from flops.core.cluster import (
     ServiceStatus,
 )
 from flops.core.ids import NodeId, ServiceId
+from flops.core.node_removal import check_removal, status_when_node_removed
 from flops.core.output import Output
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.log_requests import ANSWER_TIMEOUT_S, LogRequests
@@ -126,6 +127,27 @@ class ClusterOrchestrator:
             services = list(self._records.services.values())
         return [service for service in services if project_id in {None, service.spec.project_id}]
 
+    def remove_node(self, node_id: NodeId, *, is_forced: bool = False) -> None:
+        """Forget a node that is gone for good. If it comes back all the same, it joins as a new one.
+
+        Args:
+            node_id: the node.
+            is_forced: also when it has services that would go on if it came back: they have failed then.
+
+        Raises:
+            FlopsError: ``node_not_found``; ``conflict`` for a connected node, or one with services.
+        """
+        with self._changing():
+            node = self._records.nodes.get(node_id)
+            if node is None:
+                raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"Node {node_id} is unknown.")
+            services = [s for s in self._records.services_of(node_id) if not s.status.state.is_final]
+            check_removal(node, services, is_forced=is_forced)
+            for service in services:  # the node comes last: after a kill, the removal can be repeated
+                self._records.put_status(service, status_when_node_removed(service, node.name))
+            self._records.remove_node(node_id)
+        _log.warning("node %s (%s) was removed", node.name, node_id)
+
     def start_service(self, spec: ServiceSpec) -> None:
         """Have a node run a service. The same id again changes nothing; a node that is away gets it later.
 
@@ -186,8 +208,10 @@ class ClusterOrchestrator:
             service = self._records.services.get(service_id)
             if service is None:
                 raise FlopsError(ErrorCode.SERVICE_NOT_FOUND, f"Service {service_id} does not exist.")
-            node = self._records.nodes[service.spec.node_id]
-            session = self._sessions.get(node.id)
+            node_id = service.spec.node_id
+            session, node = self._sessions.get(node_id), self._records.nodes.get(node_id)
+            if node is None:
+                raise FlopsError(ErrorCode.NODE_LOST, f"The node that had {service_id} was removed.")
             if session is None:
                 raise FlopsError(ErrorCode.NODE_LOST, f"Node {node.name}, which has {service_id}, is away.")
             tail_bytes = min(max(tail_bytes, 0), _MAX_TAIL_BYTES)

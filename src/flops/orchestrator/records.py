@@ -48,6 +48,12 @@ class ClusterRecords:
             self._store.put_node(node)
         self.nodes[node.id] = node
 
+    def remove_node(self, node_id: NodeId) -> None:
+        """Forget a node; its services stay."""
+        self._store.remove_node(node_id)
+        self.nodes.pop(node_id, None)
+        self._skews.pop(node_id, None)
+
     def add_service(self, spec: ServiceSpec) -> None:
         """Store a new service as pending."""
         now_s = self._clock.now_s()

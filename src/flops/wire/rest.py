@@ -14,6 +14,7 @@
 | POST /api/flops/mocks | mock-data SLA, optional `dataset_blob` beside its keys | `MockDataCreated` |
 | GET /api/flops/mocks | | `MockDataList` |
 | GET /api/flops/nodes | | `NodeList` |
+| DELETE /api/flops/nodes/{name or id}?force=false | | `Message` |
 | GET /api/flops/services | | `ServiceList` |
 | GET /api/flops/models | | `ModelList` |
 | GET /api/flops/tracking | `{"customerID"}` as body or query, optional | `TrackingServer` |

@@ -42,6 +42,18 @@ def test_nodes_are_listed_with_addons_and_tags(flops: Flops) -> None:
     assert [node["name"] for node in flops("node", "list", "--format", "json").data] == ["alpha", "beta"]
 
 
+def test_a_node_that_is_gone_is_removed(flops: Flops, manager: Manager) -> None:
+    refused = flops("node", "remove", "alpha", "--format", "json")
+    assert refused.exit_code == exit_code(ErrorCode.CONFLICT)
+    assert "NodeEngine stop" in refused.error["hint"]
+    (alpha,) = (node for node in manager.cluster.orchestrator.nodes() if node.name == "alpha")
+    manager.cluster.orchestrator.leave(alpha.id)
+    assert flops("node", "remove", "alpha").err == f"Node alpha ({alpha.id}) was removed.\n"
+    assert [node["name"] for node in flops("node", "list", "--format", "json").data] == ["beta"]
+    missing = flops("node", "remove", "alpha", "--force")
+    assert missing.exit_code == exit_code(ErrorCode.NODE_NOT_FOUND)
+
+
 def test_a_sick_node_is_listed_as_sick_and_shown_with_what_to_do(flops: Flops, manager: Manager) -> None:
     cluster = manager.cluster
     (alpha,) = (node for node in cluster.orchestrator.nodes() if node.name == "alpha")

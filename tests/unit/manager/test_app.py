@@ -34,6 +34,7 @@ ENDPOINTS = [
     ("POST", f"{API}/mocks"),
     ("GET", f"{API}/mocks"),
     ("GET", f"{API}/nodes"),
+    ("DELETE", f"{API}/nodes/nothing"),
     ("GET", f"{API}/services"),
     ("GET", f"{API}/models"),
     ("GET", f"{API}/tracking"),
@@ -148,7 +149,8 @@ def test_the_endpoints_are_those_of_the_description(api: Api) -> None:
             for method in operations
         }
         assert described == {("GET", "/")} | {
-            (method, path.replace("nothing", "{project_id}")) for method, path in ENDPOINTS
+            (method, path.replace("nothing", "{name}" if "nodes" in path else "{project_id}"))
+            for method, path in ENDPOINTS
         }
     schemas = document["components"]["schemas"]
     assert {"ProjectSla", "MockDataSla", "Project", "ErrorBody", "TrainingConfiguration"} <= set(schemas)
@@ -329,6 +331,40 @@ def test_nodes_services_models_and_tracking(api: Api) -> None:
     answer = api.client.request("GET", f"{API}/tracking/", json={"customerID": "Admin"})
     assert answer.json() == {"tracking_server_url": "http://mlflow.example"}
     assert api.client.get(f"{API}/status").json()["nodes_total"] == 2
+
+
+def test_a_node_that_is_gone_is_removed_by_its_name_or_id(api: Api) -> None:
+    cluster = api.cluster.orchestrator
+    alpha, beta = cluster.nodes()
+    assert_error(api.client.delete(f"{API}/nodes/alpha"), ErrorCode.CONFLICT)
+    cluster.leave(alpha.id)
+    answer = api.client.delete(f"{API}/nodes/alpha")
+    assert answer.json() == {"message": f"Node alpha ({alpha.id}) was removed."}
+    assert_error(api.client.delete(f"{API}/nodes/alpha"), ErrorCode.NODE_NOT_FOUND)
+    cluster.join(beta.model_copy(update={"id": "beta-installed-anew"}))
+    cluster.leave(beta.id)
+    answer = api.client.delete(f"{API}/nodes/beta")
+    assert_error(answer, ErrorCode.CONFLICT)
+    assert f"{beta.id} (gone), beta-installed-anew (connected)" in answer.json()["message"]
+    assert api.client.delete(f"{API}/nodes/{beta.id}").status_code == 200
+    assert [node.id for node in cluster.nodes()] == ["beta-installed-anew"]
+
+
+def test_a_project_whose_aggregators_node_is_removed_by_force_fails_with_the_reason(api: Api) -> None:
+    project_id = api.create()
+    api.cluster.build(project_id)
+    aggregator = api.cluster.listen(project_id)
+    api.cluster.join_learners(project_id)
+    cluster = api.cluster.orchestrator
+    (node,) = (s.spec.node_id for s in cluster.services() if s.spec.id == aggregator)
+    cluster.leave(node)
+    refused = api.client.delete(f"{API}/nodes/{node}")
+    assert_error(refused, ErrorCode.CONFLICT)
+    assert aggregator in refused.json()["message"]
+    assert api.client.delete(f"{API}/nodes/{node}?force=true").status_code == 200
+    project = api.cluster.wait(project_id, lambda project: project.stage is Stage.FAILED)
+    assert project.failure is not None
+    assert (project.failure.code, "was removed" in project.failure.message) == ("node_lost", True)
 
 
 def test_tokens_of_learners_are_never_shown(api: Api) -> None:

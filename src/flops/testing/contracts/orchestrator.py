@@ -82,6 +82,55 @@ class OrchestratorContract:
         assert [e.payload["is_connected"] for e in self._events(cluster, "node")] == [True, False, True]
         assert cluster.orchestrator.nodes()[0].is_connected
 
+    def test_a_removed_node_is_forgotten_until_it_joins_anew(self, cluster: ClusterUnderTest) -> None:
+        cluster.join(NODE, "pi-1")
+        cluster.leave(NODE)
+        cluster.orchestrator.remove_node(NODE)
+        assert cluster.orchestrator.nodes() == []
+        with pytest.raises(FlopsError) as caught:
+            cluster.orchestrator.remove_node(NODE)
+        assert caught.value.code is ErrorCode.NODE_NOT_FOUND
+        cluster.join(NODE, "pi-1")
+        assert [node.is_connected for node in cluster.orchestrator.nodes()] == [True]
+
+    @pytest.mark.parametrize("is_forced", [False, True])
+    def test_a_connected_node_is_not_removed(self, cluster: ClusterUnderTest, is_forced: bool) -> None:
+        cluster.join(NODE, "pi-1")
+        with pytest.raises(FlopsError) as caught:
+            cluster.orchestrator.remove_node(NODE, is_forced=is_forced)
+        assert caught.value.code is ErrorCode.CONFLICT
+        assert "NodeEngine stop" in caught.value.hint
+        assert len(cluster.orchestrator.nodes()) == 1
+
+    def test_services_of_a_node_that_is_removed_by_force_have_failed(self, cluster: ClusterUnderTest) -> None:
+        cluster.join(NODE, "pi-1")
+        for name in ("runs", "waits", "done"):
+            cluster.orchestrator.start_service(learner(name))
+        cluster.report(status(ServiceState.RUNNING, "runs"))
+        cluster.report(status(ServiceState.COMPLETED, "done"))
+        cluster.leave(NODE)
+        with pytest.raises(FlopsError) as caught:
+            cluster.orchestrator.remove_node(NODE)
+        assert caught.value.code is ErrorCode.CONFLICT
+        assert "runs, waits" in caught.value.message
+        assert "--force" in caught.value.hint
+        assert self._states(cluster, "runs") == ["running", "lost"]
+        cluster.orchestrator.remove_node(NODE, is_forced=True)
+        assert self._states(cluster, "done") == ["completed"]
+        for name in ("runs", "waits"):
+            ended = self._service(cluster, name).status
+            assert self._states(cluster, name)[-1] == ended.state.value == "failed"
+            assert ended.error is not None
+            assert ended.error["code"] == ErrorCode.NODE_LOST.value
+        with pytest.raises(FlopsError) as caught:
+            cluster.orchestrator.service_logs(ServiceId("runs"))
+        assert caught.value.code is ErrorCode.NODE_LOST
+        cluster.orchestrator.stop_service(ServiceId("runs"))
+        cluster.orchestrator.remove_service(ServiceId("waits"))
+        cluster.join(NODE, "pi-1")
+        cluster.report(status(ServiceState.RUNNING, "runs"))  # it had never been gone
+        assert self._states(cluster, "runs")[-1] == "failed"
+
     def test_a_service_on_an_unknown_node_is_refused(self, cluster: ClusterUnderTest) -> None:
         with pytest.raises(FlopsError) as caught:
             cluster.orchestrator.start_service(learner(node_id="nowhere"))
