@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from flops.adapters.memory_tracker import MemoryTracker
-from flops.adapters.mlflow_server import MlflowServer
+from flops.adapters.mlflow_server import DATABASE_FILE, MlflowServer
 from flops.adapters.mlflow_tracker import ATTEMPT_TAG, LEARNER_RUNS_MOST, MlflowTracker
 from flops.core.ids import ProjectId
 from flops.core.run_end import RunEnd, RunStatus
@@ -27,13 +30,19 @@ from flops.testing.contracts.tracker import (
     round_of,
 )
 from flops.testing.tracking import read_run
+from flops.testing.waiting import until
 
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"), "127.0.0.1", 0, dict(os.environ))
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(home, "127.0.0.1", 0, dict(os.environ))
     server.start()
     try:
         server.wait_ready()
@@ -284,3 +293,48 @@ def test_an_experiment_that_was_deleted_in_the_gui_is_left_alone(
     MlflowClient(server.url).delete_experiment(experiment_id)
     tracker.end_runs(project_id, RunEnd(status=RunStatus.FAILED, summary="It failed."))
     assert MlflowClient(server.url).get_experiment(experiment_id).lifecycle_stage == "deleted"
+
+
+def test_a_deleted_project_is_removed_for_good_and_nothing_else(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId, tmp_path: Path, home: Path
+) -> None:
+    (tmp_path / "MLmodel").write_text("flavors: {}\n")
+    client, tracker = MlflowClient(server.url), make_tracker()
+    experiment_id, run_id = tracker.open_run(project_id, PARAMS, TAGS)
+    tracker.log_round(run_id, round_of(1))
+    tracker.log_model(run_id, tmp_path, round_of(1), f"model {project_id}")
+    tracker.close_run(run_id, is_success=True)
+    other_id, other_run_id = tracker.open_run(ProjectId(f"{project_id}b"), PARAMS, TAGS)
+    client.log_text(other_run_id, "text", "kept.txt")
+    client.delete_experiment(other_id)  # by somebody in the GUI, who may want it back
+    assert list((home / "artifacts" / experiment_id).rglob("MLmodel"))
+    assert rows_with(home, run_id)
+
+    tracker.delete(project_id)
+    until(lambda: experiment_id not in experiments_of(client), "the removal")
+    until(lambda: not (home / "artifacts" / experiment_id).exists(), "the removal of the artifacts")
+    assert rows_with(home, run_id) == {}
+    tracker.delete(project_id)
+    client.restore_experiment(other_id)
+    assert client.get_run(other_run_id).data.params == PARAMS
+    assert (home / "artifacts" / other_id / other_run_id / "artifacts" / "kept.txt").exists()
+
+    client.delete_experiment(other_id)
+    tracker.delete(ProjectId(f"{project_id}b"))  # hidden before, now removed
+    until(lambda: other_id not in experiments_of(client), "the removal")
+
+
+def experiments_of(client: MlflowClient) -> set[str]:
+    return {experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)}
+
+
+def rows_with(home: Path, value: str) -> dict[str, int]:
+    """In how many rows of which tables of MLflow's database a value stands."""
+    found = {}
+    with contextlib.closing(sqlite3.connect(home / DATABASE_FILE)) as database:
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            rows = database.execute(f'SELECT * FROM "{table}"').fetchall()  # noqa: S608 (names of tables)
+            count = sum(value in map(str, row) for row in rows)
+            if count:
+                found[table] = count
+    return found

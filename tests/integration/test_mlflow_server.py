@@ -219,3 +219,28 @@ def test_mlflow_still_reads_its_settings_from_these_names(make_server: MakeServe
     known = subprocess.run([sys.executable, "-W", "ignore", "-c", names], capture_output=True, check=True)
     environ = psutil.Process(make_server().pid).environ()
     assert set(known.stdout.decode().split()) <= environ.keys()
+
+
+def test_a_removal_goes_on_when_the_server_was_killed_in_it(make_server: MakeServer, tmp_path: Path) -> None:
+    server = make_server()
+    server.wait_ready()
+    tracker = MlflowTracker(server.url)
+    experiment_id, run_id = tracker.open_run(ProjectId("p"), {}, {})
+    folder = tmp_path / "artifacts" / experiment_id
+    for number in range(60):  # as many small files take a while
+        (folder / run_id / "artifacts" / str(number)).mkdir(parents=True)
+        for name in range(100):
+            (folder / run_id / "artifacts" / str(number) / str(name)).touch()
+    tracker.delete(ProjectId("p"))
+    wait_until(lambda: len(list((folder / run_id / "artifacts").glob("*"))) < 60, "the removal's begin")
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    server.wait_ready()
+    is_left = folder.exists()
+    url = f"{server.url}/api/2.0/mlflow/experiments/get"
+    wait_until(
+        lambda: httpx.get(url, params={"experiment_id": experiment_id}).status_code == 404, "the removal"
+    )
+    assert is_left
+    assert not folder.exists()
+    tracker.close()

@@ -1,8 +1,9 @@
-"""The MLflow server's process: ``python -m flops.adapters.mlflow_process SOCKET PIPE DATABASE ARTIFACTS``.
+"""The MLflow server's process: ``python -m flops.adapters.mlflow_process SOCKET PIPE DATABASE ROOT FOLDER``.
 
 `flops.adapters.mlflow_server` starts it, with MLflow's settings in its environment. SOCKET is an inherited
 listening socket; PIPE an inherited pipe whose other end its parent holds: when the parent is gone, however it
-went, the pipe ends, and so does this process. Why it is not ``mlflow server``: docs/adr/0003.
+went, the pipe ends, and so does this process. ROOT is the URI that clients send artifacts to, FOLDER where
+the server stores them. Why it is not ``mlflow server``: docs/adr/0003.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvicorn
 from mlflow.server.fastapi_app import app
-from mlflow.server.handlers import initialize_backend_stores
+from mlflow.server.handlers import _get_tracking_store, initialize_backend_stores
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
+
+from flops.adapters.mlflow_purge import purge_for_ever
 
 _GRACE_S = 3
 
@@ -41,9 +45,11 @@ async def serve_without_assistant(scope: Scope, receive: Receive, send: Send) ->
 
 def main(argv: Sequence[str]) -> None:
     """Bring the database up to date, then serve on the inherited socket until SIGTERM or the parent's end."""
-    listener, pipe, database, artifacts = argv
+    listener, pipe, database, artifacts, folder = argv
     threading.Thread(target=_end_with_parent, args=(int(pipe),), daemon=True).start()
     initialize_backend_stores(database, database, artifacts)
+    cleaning = (_get_tracking_store(), Path(folder))
+    threading.Thread(target=purge_for_ever, args=cleaning, daemon=True).start()
     config = uvicorn.Config(
         serve_without_assistant, access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_S
     )

@@ -24,6 +24,7 @@ from flops.errors import ErrorCode, FlopsError
 PID_FILE = "mlflow.pid"
 LOG_FILE = "mlflow.log"
 DATABASE_FILE = "mlflow.db"
+ARTIFACT_FOLDER = "artifacts"
 ARTIFACT_ROOT = "mlflow-artifacts:/"  # clients send artifacts to the server, which stores them
 _LOG_BYTES = 5_000_000  # of one log file; two are kept
 _GRACE_S = 5.0
@@ -95,7 +96,7 @@ class MlflowServer:
         if self._socket is not None:
             raise FlopsError(ErrorCode.ALREADY_RUNNING, f"The MLflow server runs already, at {self.url}.")
         try:
-            (self._home / "artifacts").mkdir(parents=True, exist_ok=True)
+            (self._home / ARTIFACT_FOLDER).mkdir(parents=True, exist_ok=True)
             end_left_over(self._home)
         except OSError as exc:
             raise FlopsError(
@@ -184,6 +185,7 @@ class MlflowServer:
             descriptors = (self._socket.fileno(), self._pipe[0])
             argv = [sys.executable, "-m", "flops.adapters.mlflow_process"]
             argv += [str(descriptors[0]), str(descriptors[1]), database, ARTIFACT_ROOT]
+            argv.append(str(self._home / ARTIFACT_FOLDER))
             with self._log() as log:
                 self._child = subprocess.Popen(
                     argv,
@@ -209,7 +211,7 @@ class MlflowServer:
             "_MLFLOW_SERVER_FILE_STORE": database,
             "_MLFLOW_SERVER_REGISTRY_STORE": database,
             "_MLFLOW_SERVER_ARTIFACT_ROOT": ARTIFACT_ROOT,
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self._home / "artifacts"),
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self._home / ARTIFACT_FOLDER),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "_MLFLOW_SGI_NAME": "uvicorn",
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -12,6 +12,7 @@ from flops.core.project import Participant, Round
 
 TRAINING_MARK = "round_duration_s"  # metrics that every round of a run has: they tell which rounds are there
 LEARNER_MARK = "rows"
+PURGE_TAG = "flops.purge"  # on a deleted experiment: it is not to be restored, and removed for good
 
 
 def metrics_of(record: Round) -> dict[str, float]:

@@ -17,6 +17,7 @@ from flops.adapters.mlflow_ends import mark_ended, set_status, status_of_ended, 
 from flops.adapters.mlflow_rest import MlflowRest, RefusedError, items, json_number, key_of, now_ms
 from flops.adapters.mlflow_shapes import (
     LEARNER_MARK,
+    PURGE_TAG,
     TRAINING_MARK,
     digest_of,
     metrics_of,
@@ -208,17 +209,28 @@ class MlflowTracker:
         return f"{self._public_uri}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
     def delete(self, project_id: ProjectId) -> None:
-        """Remove the project's experiment and its versions in the registry; an unknown one is no error."""
+        """Remove the project's experiment and its versions in the registry; an unknown one is no error.
+
+        It is gone from sight at once, and for good within seconds, with its runs and artifacts.
+        """
         with self._lock:
-            body = {"max_results": _PAGE, "filter": f"tags.`{_PROJECT_TAG}` = '{project_id}'"}
+            condition = f"tags.`{_PROJECT_TAG}` = '{project_id}'"
+            body = {"max_results": _PAGE, "filter": condition, "view_type": "ALL"}
             for experiment in self._api.call("POST", "experiments/search", body).get("experiments", []):
                 experiment_id = experiment["experiment_id"]
-                for run in self._search_runs(experiment_id, f"tags.`{_PROJECT_TAG}` = '{project_id}'"):
+                if experiment["lifecycle_stage"] == "deleted":
+                    if any(tag["key"] == PURGE_TAG for tag in experiment["tags"]):
+                        continue
+                    # By somebody in the GUI: what is deleted cannot be marked.
+                    self._api.call("POST", "experiments/restore", {"experiment_id": experiment_id})
+                for run in self._search_runs(experiment_id, condition):
                     self._unregister(run["info"]["run_id"])
                 # A deleted experiment would keep its name taken.
                 new_name = f"{experiment['name'].partition(' (deleted')[0]} (deleted {experiment_id})"
                 body = {"experiment_id": experiment_id, "new_name": new_name}
                 self._api.call("POST", "experiments/update", body)
+                mark = {"experiment_id": experiment_id, "key": PURGE_TAG, "value": "true"}
+                self._api.call("POST", "experiments/set-experiment-tag", mark)
                 self._api.call("POST", "experiments/delete", {"experiment_id": experiment_id})
 
     # Experiments and runs
