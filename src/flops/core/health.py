@@ -31,7 +31,17 @@ DISK_PROBLEM = (500, 0.03)
 MEMORY_WARNING_PERCENT = 92.0
 MEMORY_PROBLEM_PERCENT = 97.0
 RESTARTS_WARNING = 3
-_LIMITS = ("memory", "cpu", "pids")
+_FOR_GROUPS = "Run the NodeEngine as root or by systemd, for limits."
+_FOR_CONFINEMENT = (
+    "Use a kernel with Landlock (Linux 6.12), to keep services to their own files and processes."
+)
+_LIMITS = {  # and what a node needs to hold services to them
+    "memory": _FOR_GROUPS,
+    "cpu": _FOR_GROUPS,
+    "pids": _FOR_GROUPS,
+    "files": _FOR_CONFINEMENT,
+    "signals": _FOR_CONFINEMENT,
+}
 
 
 class Severity(StrEnum):
@@ -234,8 +244,9 @@ def limit_findings(limits: Sequence[str], note: str, where: str) -> Iterator[Fin
     missing = [limit for limit in _LIMITS if limit not in limits]
     if missing:
         why = f" {note}" if note else ""
-        what = f"It cannot limit what services use of: {', '.join(missing)}.{why}"
-        yield known("limits", where, what, "Run the NodeEngine as root or by systemd, for limits.")
+        what = f"It cannot limit what services use or reach: {', '.join(missing)}.{why}"
+        advice = " ".join(dict.fromkeys(_LIMITS[limit] for limit in missing))
+        yield known("limits", where, what, advice)
 
 
 def _address_findings(node: Node, nodes: Sequence[Node]) -> Iterator[Finding]:

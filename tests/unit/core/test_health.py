@@ -26,11 +26,12 @@ from flops.core.health import (
     examine_nodes,
     health_of,
     is_loopback,
+    limit_findings,
 )
 from flops.core.ids import NodeId, ServiceId
 
 NOW_S = 1_000_000.0
-FACTS = NodeFacts(flops_version="1.0", limits=("memory", "cpu", "pids"))
+FACTS = NodeFacts(flops_version="1.0", limits=("memory", "cpu", "pids", "files", "signals"))
 
 
 def a_node(name: str = "pi", **changes: Any) -> Node:
@@ -108,7 +109,13 @@ def test_a_healthy_node_has_no_finding() -> None:
             {"facts": FACTS.model_copy(update={"limits": (), "limits_note": "No groups."})},
             Severity.INFO,
             "limits",
-            "memory, cpu, pids. No groups.",
+            "memory, cpu, pids, files, signals. No groups.",
+        ),
+        (
+            {"facts": FACTS.model_copy(update={"limits": FACTS.limits[:4], "limits_note": "signals: old."})},
+            Severity.INFO,
+            "limits",
+            "It cannot limit what services use or reach: signals. signals: old.",
         ),
     ],
 )
@@ -121,6 +128,19 @@ def test_each_fault_is_found_and_named(
     assert words in finding.what
     assert examined.health.severity is severity
     assert bool(examined.health.reason) is (severity in {Severity.WARNING, Severity.PROBLEM})
+
+
+@pytest.mark.parametrize(
+    ("limits", "advice"),
+    [
+        (("cpu", "files", "signals"), ["root"]),
+        (("memory", "cpu", "pids", "files"), ["Landlock"]),
+        ((), ["root", "Landlock"]),
+    ],
+)
+def test_what_a_node_needs_to_limit_services_is_said_once(limits: tuple[str, ...], advice: list[str]) -> None:
+    (finding,) = limit_findings(limits, "", "pi")
+    assert [word for word in ("root", "Landlock") if finding.advice.count(word) == 1] == advice
 
 
 def test_a_node_that_tells_little_is_not_sick() -> None:
