@@ -64,6 +64,14 @@ OF_SERVICES = st.one_of(
     st.builds(life.TrainingStarted, tracking_url=st.sampled_from(["", "http://u"])),
     st.builds(life.LearnerJoined, learner=LEARNERS, node=NODE),
     st.builds(life.LearnerLeft, learner=LEARNERS, node=NODE, reason=st.just("away")),
+    st.builds(
+        life.LearnerFailed,
+        learner=LEARNERS,
+        node=NODE,
+        round=ROUNDS,
+        phase=st.just("train"),
+        failure=FAILURES,
+    ),
     st.builds(life.RoundStarted, round=ROUNDS, rounds=st.just(3)),
     st.builds(
         life.RoundCompleted,

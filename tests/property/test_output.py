@@ -13,11 +13,12 @@ from flops.core.output import Output, piece_of
 
 WRITES = st.lists(
     st.one_of(
-        st.text("aé\n🙂", max_size=30).map(lambda text: ("write", text.encode())),
-        st.binary(max_size=30).map(lambda data: ("write", data)),
+        st.text("aé\n🙂", min_size=10, max_size=30).map(lambda text: ("write", text.encode())),
+        st.binary(min_size=20, max_size=60).map(lambda data: ("write", data)),
         st.just(("restart", b"")),
         st.just(("removed", b"")),  # the older file, by somebody
     ),
+    min_size=5,
     max_size=40,
 )
 

@@ -38,7 +38,7 @@ def show_project(
     if learners:
         print_line("\nLearners")
         print_table(
-            ["service", "node", "rows", "state", "last reason"],
+            ["service", "node", "rows", "state", "since", "doing", "last reason"],
             [_learner_row(learner) for learner in learners],
         )
     if services:
@@ -50,9 +50,7 @@ def show_project(
     print_line("\nHistory")
     print_table(["time", "event"], [(timestamp(e.time_s), e.message) for e in history])
     _show_last_words(history)
-    if project.failure is not None and project.failure.details.get("traceback"):
-        print_line("\nTraceback")
-        print_line(str(project.failure.details["traceback"]).rstrip())
+    _show_tracebacks(project, history)
 
 
 def show_rounds(rounds: Sequence[Round], best: int | None) -> None:
@@ -139,6 +137,8 @@ def _learner_row(learner: LearnerStanding) -> tuple[object, ...]:
         learner.node,
         "" if learner.rows is None else f"{learner.rows:,}",
         learner.state,
+        "" if learner.since_s is None else timestamp(learner.since_s),
+        learner.doing,
         f"{timestamp(learner.reason_at_s)} {reason}" if reason else "",
     )
 
@@ -151,6 +151,17 @@ def _show_last_words(history: Sequence[ProjectEvent]) -> None:
             print_line(f"\nLast output of {service} before {timestamp(event.time_s)}")
             for line in lines[-_WORDS_SHOWN:]:
                 print_line(f"  {line}")
+
+
+def _show_tracebacks(project: Project, history: Sequence[ProjectEvent]) -> None:
+    """The traceback of the project's failure, and where the code of each learner failed last."""
+    details = project.failure.details if project.failure is not None else {}
+    if text := str(details.get("traceback") or "").rstrip():
+        print_line(f"\nTraceback\n{text}")
+    failed = {e.data.get("learner"): e for e in history if e.kind == "learner_failed"}
+    for learner, event in failed.items():
+        if learner != details.get("learner") and (words := last_words(event)):
+            print_line(f"\nTraceback of {learner} in round {event.data.get('round')}\n{words}")
 
 
 def _service_row(service: Service, nodes: Mapping[NodeId, str]) -> tuple[object, ...]:

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from textwrap import indent
 from typing import TYPE_CHECKING, Protocol
 
 from flops.adapters.system_clock import SystemClock
 from flops.cli.output import duration, hide_passwords, say
 from flops.cli.project_view import durations, metric
+from flops.core.learner_states import last_words
 from flops.core.project import Failure, Project, ProjectEvent, Stage, Training
 from flops.errors import ErrorCode, FlopsError
 
@@ -100,7 +102,7 @@ class LineReport:
 
     def tell(self, event: ProjectEvent) -> None:
         """Print an event."""
-        say(f"{_clock_time(event.time_s)}  {event.message}")
+        say(f"{_clock_time(event.time_s)}  {_text_of(event)}")
 
     def note(self, sentence: str) -> None:
         """Print a sentence."""
@@ -124,7 +126,7 @@ class LiveReport:
             self._project = self._api.project(self._project.id)
         if self._project.stage is not stage:
             self._stage_begun = time.monotonic()
-        self._print(_clock_time(event.time_s), event.message)
+        self._print(_clock_time(event.time_s), _text_of(event))
 
     def note(self, sentence: str) -> None:
         """Print a sentence."""
@@ -156,6 +158,12 @@ class LiveReport:
         from rich.text import Text
 
         self.console.print(Text.assemble((when, "dim"), "  ", hide_passwords(sentence)), soft_wrap=True)
+
+
+def _text_of(event: ProjectEvent) -> str:
+    """The event's sentence, with the traceback of a learner whose code failed while the project goes on."""
+    words = last_words(event) if event.kind == "learner_failed" else ""
+    return f"{event.message}\n{indent(words, '    ')}" if words else event.message
 
 
 def _doing(project: Project) -> str:

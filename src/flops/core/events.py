@@ -82,6 +82,16 @@ class LearnerLeft(LifecycleEvent):
     failure: Failure | None = None
 
 
+class LearnerFailed(LifecycleEvent):
+    """A learner's code has failed in a round; the learner stays."""
+
+    learner: str
+    node: str
+    round: int
+    phase: str
+    failure: Failure
+
+
 class RoundStarted(LifecycleEvent):
     """A round begins; told again when a restarted aggregator repeats it."""
 

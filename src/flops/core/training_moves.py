@@ -11,6 +11,7 @@ from flops.core.endings import stop_services
 from flops.core.events import (
     AggregatorListening,
     InferenceListening,
+    LearnerFailed,
     LearnerJoined,
     LearnerLeft,
     ModelPackaged,
@@ -19,6 +20,7 @@ from flops.core.events import (
     TrainingCompleted,
     TrainingStarted,
 )
+from flops.core.ids import ServiceId
 from flops.core.project import Round, Stage, Training
 from flops.core.rounds import best_round
 from flops.core.service_moves import learner_ids, service_id
@@ -110,6 +112,29 @@ def learner_left(change: Change, event: LearnerLeft) -> None:
         f"The learner on {event.node} has left: {event.reason.rstrip('.')}. "
         f"{_count(len(learners), 'learner')} left.",
         **data,
+    )
+
+
+def learner_failed(change: Change, event: LearnerFailed) -> None:
+    """A learner's code has failed; what that means for the round is the aggregator's to say."""
+    details = {
+        "service_id": event.learner,
+        "learner": event.learner,
+        "node": event.node,
+        "round": event.round,
+        "phase": event.phase,
+    }
+    failure = event.failure.model_copy(update={"details": {**event.failure.details, **details}})
+    failures = change.project.service_failures
+    if failures.get(ServiceId(event.learner)) == failure:
+        return
+    change.set(service_failures={**failures, ServiceId(event.learner): failure})
+    change.note(
+        f"Round {event.round}, {event.phase}: the learner on {event.node} failed: {failure.message}",
+        learner=event.learner,
+        node=event.node,
+        round=event.round,
+        failure=failure.model_dump(mode="json"),
     )
 
 

@@ -96,6 +96,17 @@ def _left(actor: told.LearnerLeft, event: ClusterEvent, _node: str) -> life.Life
     )
 
 
+def _learner_failed(actor: told.LearnerFailed, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
+    return life.LearnerFailed(
+        seq=event.seq,
+        learner=actor.learner,
+        node=actor.node,
+        round=actor.round,
+        phase=actor.phase,
+        failure=failure_of(actor.error),
+    )
+
+
 def _training_started(actor: told.TrainingStarted, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
     return life.TrainingStarted(seq=event.seq, tracking_url=actor.tracking_url)
 
@@ -121,6 +132,7 @@ _TRANSLATORS: dict[type, _Translator] = {
     told.EnvironmentLocked: _locked,
     told.LearnerJoined: _joined,
     told.LearnerLeft: _left,
+    told.LearnerFailed: _learner_failed,
     told.TrainingStarted: _training_started,
     told.RoundStarted: _round_started,
     told.RoundCompleted: _round_completed,

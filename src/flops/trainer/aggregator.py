@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from flops.actor import CONTEXT_FILE, ActorContext, EventLog
 from flops.core.ids import ProjectId
 from flops.core.project import Round
-from flops.core.rounds import best_round, reason_to_end
+from flops.core.rounds import Part, best_round, reason_to_end
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.tracker_port import Tracker
@@ -126,6 +126,7 @@ class Training:
             self._strategy,
             self._config,
             tell=self._tell,
+            on_failure=self._tell_failure,
             on_start=self._tell_round,
         )
         while not self._is_over():
@@ -272,6 +273,16 @@ class Training:
             model = model.model_copy(update={"bundle": digest})
         tracker.close_run(run.run_id, is_success=True)
         self._events.tell("training_completed", model=model.model_dump(mode="json"))
+
+    def _tell_failure(self, number: int, phase: str, part: Part) -> None:
+        self._events.tell(
+            "learner_failed",
+            learner=part.learner,
+            node=part.node,
+            round=number,
+            phase=phase,
+            error=part.error,
+        )
 
     def _child(
         self, python: str, module: str, arguments: Sequence[str], *, doing: str, code: ErrorCode

@@ -59,6 +59,7 @@ class RoundRunner:
         strategy: how results are aggregated.
         config: how many learners are needed, and how long is waited for them in each of the two phases.
         tell: is told in one sentence what users should know, such as who was left out.
+        on_failure: is told at once the round, the phase, and a learner's part that it answered with an error.
         on_start: is told the round and who takes part.
     """
 
@@ -69,6 +70,7 @@ class RoundRunner:
         config: AggregatorConfig,
         *,
         tell: Callable[[str], None],
+        on_failure: Callable[[int, str, Part], None],
         on_start: Callable[[int, Sequence[str]], None],
     ) -> None:
         self._server = server
@@ -76,6 +78,7 @@ class RoundRunner:
         self._strategy = strategy
         self._config = config
         self._tell = tell
+        self._on_failure = on_failure
         self._on_start = on_start
 
     def run(self, number: int, parameters: list[Array]) -> FinishedRound:
@@ -188,9 +191,10 @@ class RoundRunner:
         else:
             reason = problem(answer.reply) or ""
             outcome = Outcome.REFUSED if reason else Outcome.DONE
-        phase.parts[answer.learner] = Part(
-            learner=answer.learner, node=answer.node, outcome=outcome, reason=reason, error=error
-        )
+        part = Part(learner=answer.learner, node=answer.node, outcome=outcome, reason=reason, error=error)
+        phase.parts[answer.learner] = part
+        if error is not None:
+            self._on_failure(phase.number, phase.name, part)
         if outcome is Outcome.DONE:
             phase.answers[answer.learner] = answer
 

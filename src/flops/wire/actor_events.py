@@ -66,6 +66,18 @@ class LearnerLeft(Value):
     error: dict[str, Any] | None = None
 
 
+class LearnerFailed(Value):
+    """Aggregator: a learner answered with a failure; it stays, and the round may go on without it."""
+
+    kind: Literal["learner_failed"] = "learner_failed"
+    time_s: float
+    learner: str
+    node: str
+    round: int
+    phase: str
+    error: dict[str, Any]
+
+
 class TrainingStarted(Value):
     """Aggregator: the experiment is open; told again after a restart."""
 
@@ -120,6 +132,7 @@ ActorEvent = Annotated[
     | EnvironmentLocked
     | LearnerJoined
     | LearnerLeft
+    | LearnerFailed
     | TrainingStarted
     | RoundStarted
     | RoundCompleted

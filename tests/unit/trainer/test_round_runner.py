@@ -63,7 +63,12 @@ def test_an_answer_that_comes_while_another_is_looked_at_is_not_asked_for_again(
 
     monkeypatch.setattr("flops.trainer.round_runner.np.isfinite", look)
     runner = RoundRunner(
-        server, RoundStrategy(CONFIG.strategy), CONFIG, tell=lambda _: None, on_start=lambda *_: None
+        server,
+        RoundStrategy(CONFIG.strategy),
+        CONFIG,
+        tell=lambda _: None,
+        on_start=lambda *_: None,
+        on_failure=lambda *_: None,
     )
     try:
         finished = runner.run(1, [np.ones(3, np.float32)])
