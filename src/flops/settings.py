@@ -65,6 +65,8 @@ class ControlSettings(Settings):
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     @property
+    keep_logs_projects: int = Field(200, ge=0, description="of how many ended projects output is kept")
+    keep_logs_days: float = Field(30.0, ge=0, description="how many days it is kept after a project's end")
     def control_dir(self) -> Path:
         """State of the control plane."""
         return self.home / "control"
@@ -91,9 +93,7 @@ class NodeSettings(Settings):
     data_port: int = Field(
         11_027, ge=0, le=65_535, description="port of the ML data server; a free one if taken"
     )
-    cache_mb: int = Field(
-        20_480, ge=0, description="disk for cached environments and bundles, in MiB"
-    )
+    cache_mb: int = Field(20_480, ge=0, description="disk for cached environments and bundles, in MiB")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
 

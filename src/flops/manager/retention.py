@@ -7,14 +7,17 @@ import re
 import threading
 from dataclasses import dataclass
 
+from flops.core.cluster import Service
 from flops.core.ids import Digest
 from flops.core.mock_progress import RUNNING
+from flops.core.retention import Entry, Limits, choose_victims
 from flops.errors import FlopsError
 from flops.ports import Clock, Orchestrator, ProjectStore
 from flops.retention_ports import KeptBlobs
 
 _log = logging.getLogger(__name__)
 
+DAY_S = 86_400.0
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -23,11 +26,15 @@ class RetentionOptions:
     """What is kept for how long.
 
     Args:
+        keep_logs_projects: the output of ended services is kept of so many projects, the last ones.
+        keep_logs_s: and so long after the project's last service has ended.
         interval_s: between two sweeps.
         unreferenced_s: blobs that nothing refers to are kept so long after their last use: an upload comes
             before what refers to it.
     """
 
+    keep_logs_projects: int = 200
+    keep_logs_s: float = 30 * DAY_S
     interval_s: float = 600.0
     unreferenced_s: float = 3_600.0
 
@@ -35,8 +42,9 @@ class RetentionOptions:
 class Retention:
     """Sweeps at its start and every few minutes.
 
-    Blobs go that no record names. Records are read as text, every digest in them counts: a blob is never lost
-    because somebody forgot to name a field here.
+    Ended services go with their output when there are too many or they are too old; their project stays, with
+    its history. Blobs go that no record names. Records are read as text, and every digest in them counts: no
+    blob is lost because somebody forgot to name a field here.
 
     Args:
         store: what the records are of.
@@ -78,6 +86,7 @@ class Retention:
         Raises:
             FlopsError: whatever is in the way; what is left goes with the next sweep.
         """
+        self._forget_services()
         self._blobs.sweep()
         self._sweep_blobs()
 
@@ -90,6 +99,24 @@ class Retention:
             except Exception:  # noqa: BLE001 (the thread must outlive whatever it meets)
                 _log.exception("the sweep stumbled")
             self._is_closed.wait(self._options.interval_s)
+
+    def _forget_services(self) -> None:
+        ended: dict[str, list[Service]] = {}  # by project, or mock data
+        for service in self._orchestrator.services():
+            if service.status.state.is_final:
+                ended.setdefault(service.spec.project_id, []).append(service)
+        active = {str(project.id) for project in self._store.all() if not project.stage.is_final}
+        active |= {mock.id for mock in self._store.list_mock_data() if mock.state == RUNNING}
+        entries = [
+            Entry(key=key, used_at_s=max(s.updated_at_s for s in services), is_in_use=key in active)
+            for key, services in ended.items()
+        ]
+        limits = Limits(max_count=self._options.keep_logs_projects, max_age_s=self._options.keep_logs_s)
+        for victim in choose_victims(entries, limits, self._clock.now_s()):
+            for service in ended[victim.key]:
+                self._orchestrator.remove_service(service.spec.id)
+            count = len(ended[victim.key])
+            _log.info("removed the output of %d ended services of %s: it is old", count, victim.key)
 
     def _sweep_blobs(self) -> None:
         since_s = self._clock.now_s() - self._options.unreferenced_s

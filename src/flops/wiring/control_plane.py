@@ -30,7 +30,7 @@ from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
-from flops.manager.retention import Retention
+from flops.manager.retention import DAY_S, Retention, RetentionOptions
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.settings import ControlSettings, inherited_environment
@@ -114,7 +114,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
-    retention = Retention(store, orchestrator, blobs, clock)
+    keeping = RetentionOptions(settings.keep_logs_projects, settings.keep_logs_days * DAY_S)
+    retention = Retention(store, orchestrator, blobs, clock, keeping)
     parts.callback(retention.close)
     retention.start()
     manager.start()

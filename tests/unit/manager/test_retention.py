@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ class Site:
         self.cluster = cluster
         self.blobs = blobs
 
-    def retention(self, **options: float) -> Retention:
+    def retention(self, **options: Any) -> Retention:
         return Retention(
             self.cluster.store,
             self.cluster.orchestrator,
@@ -126,6 +127,45 @@ def test_what_killed_writers_left_goes(site: Site, tmp_path: Path) -> None:
     (tmp_path / "incoming" / "tmpleft").write_bytes(b"half")
     site.retention().sweep()
     assert list((tmp_path / "incoming").iterdir()) == []
+
+
+def test_output_is_kept_of_the_last_projects_only_and_their_records_stay(site: Site) -> None:
+    cluster = site.cluster
+    ids = [cluster.engine.submit(sla_with()).id for _ in range(3)]
+    for project_id in ids:
+        cluster.play_to_the_end(project_id)
+        cluster.wait(project_id, lambda p: p.stage is Stage.COMPLETED)
+    for project_id in ids:
+        until(lambda p=project_id: _running(site, p) == 1, "only the model's service")  # type: ignore[misc]
+    site.retention(keep_logs_projects=2, keep_logs_s=1e12).sweep()
+    assert [_ended(site, project_id) > 0 for project_id in ids] == [False, True, True]
+    assert all(_running(site, project_id) == 1 for project_id in ids)  # models are served on
+    assert len(cluster.engine.projects()) == 3
+    assert all(cluster.engine.history(project_id) for project_id in ids)
+
+
+def test_old_output_goes_but_none_of_a_project_that_runs(site: Site) -> None:
+    cluster = site.cluster
+    project_id = cluster.engine.submit(sla_with()).id
+    cluster.build(project_id)
+    cluster.listen(project_id)
+    until(lambda: _ended(site, project_id) == 1, "the builder's end")
+    site.retention().sweep()  # it was long ago by the clock of the cluster
+    assert _ended(site, project_id) == 1
+    cluster.engine.stop(project_id)
+    cluster.wait(project_id, lambda p: p.stage is Stage.STOPPED)
+    assert _ended(site, project_id) > 1
+    site.retention().sweep()
+    assert _ended(site, project_id) == 0
+
+
+def _ended(site: Site, project_id: str) -> int:
+    services = site.cluster.orchestrator.services(project_id)
+    return sum(service.status.state.is_final for service in services)
+
+
+def _running(site: Site, project_id: str) -> int:
+    return len(site.cluster.orchestrator.services(project_id)) - _ended(site, project_id)
 
 
 def test_it_sweeps_at_its_start_and_again_and_says_what_it_removed(
