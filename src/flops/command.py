@@ -26,6 +26,7 @@ from flops.errors import ErrorCode, FlopsError
 
 _POLL_S = 0.1
 _MAX_ERRORS_BYTES = 1_048_576
+_LEASH = ("/bin/sh", "-c", "read nothing; kill -9 0")  # 0 is its own process group
 _is_needless: ContextVar[Callable[[], bool]] = ContextVar("is_needless", default=lambda: False)
 
 
@@ -87,6 +88,8 @@ def run_command(
 ) -> Completed:
     """Run a program to its end, with all the processes it starts in its own process group.
 
+    They end with this process, however it ends.
+
     Args:
         argv: the program and its arguments.
         environ: its whole environment.
@@ -101,7 +104,12 @@ def run_command(
         OSError: when the program cannot be started, or when the disk is full.
         StoppedError: the work became needless; the program was ended.
     """
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with (
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        _leashed_group() as group,
+    ):
         stdin.write(send)
         stdin.seek(0)
         process = subprocess.Popen(
@@ -111,13 +119,15 @@ def run_command(
             stderr=err,
             cwd=cwd,
             env=dict(environ),
-            process_group=0,
+            process_group=group,
             pass_fds=tuple(keep_open),
         )
         try:
             is_timed_out, reason = _follow(process, err, timeout_s, watch)
         finally:
-            _kill_group(process)
+            with contextlib.suppress(ProcessLookupError):  # the program killed its group itself
+                os.killpg(group, signal.SIGKILL)
+            process.wait()
         out.seek(0)
         return Completed(process.wait(), out.read(), _read(err, 0)[-_MAX_ERRORS_BYTES:], is_timed_out, reason)
 
@@ -150,7 +160,16 @@ def _read(file: IO[Any], position: int) -> str:
     return data.decode(errors="surrogateescape")
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@contextlib.contextmanager
+def _leashed_group() -> Iterator[int]:
+    """A process group that is killed at the end of the block, and when this process is killed before.
+
+    The group's first process reads from a pipe that nobody writes to: it ends with the only process that
+    could. The kernel's signal at a parent's death is no help: it is sent when the *thread* ends that started
+    the program, and to the program alone.
+    """
+    with subprocess.Popen(_LEASH, stdin=subprocess.PIPE, env={}, process_group=0) as leash:
+        try:
+            yield leash.pid
+        finally:
+            leash.kill()

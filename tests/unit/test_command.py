@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from flops.command import Completed, StoppedError, run_command, stopped_when
 from flops.settings import inherited_environment
+from flops.testing.waiting import until
 
 
 def run(code: str, folder: Path, *, timeout_s: float = 20.0, send: bytes = b"") -> Completed:
@@ -51,6 +53,21 @@ def test_the_deadline_ends_children_too(tmp_path: Path) -> None:
             break
         time.sleep(0.01)
     assert time.monotonic() < deadline
+
+
+def test_a_program_and_its_children_end_with_the_process_that_ran_it(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    program = f"sleep 60 & echo $$ $! >> {pids}; wait"
+    runs = (
+        "from pathlib import Path; from flops.command import run_command;"
+        f"run_command(['/bin/sh', '-c', {program!r}], environ={{}}, cwd=Path('/'), timeout_s=60.0)"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", runs])
+    until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    family = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
+    runner.kill()
+    runner.wait()
+    assert psutil.wait_procs(family, timeout=5)[1] == []
 
 
 def test_watch_sees_every_line_once_and_ends_the_program(tmp_path: Path) -> None:
