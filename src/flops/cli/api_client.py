@@ -92,7 +92,12 @@ class ApiClient:
             raise self._unreachable(exc) from exc
 
     def follow(
-        self, project_id: str, *, after: int = 0, on_gap: Callable[[FlopsError], None] = lambda _: None
+        self,
+        project_id: str,
+        *,
+        after: int = 0,
+        on_gap: Callable[[FlopsError], None] = lambda _: None,
+        on_return: Callable[[], None] = lambda: None,
     ) -> Iterator[ProjectEvent]:
         """Yield a project's events as they happen, until its last one.
 
@@ -102,6 +107,7 @@ class ApiClient:
             project_id: the project.
             after: only events with a higher `seq`.
             on_gap: is told once each time the manager stops answering.
+            on_return: is called when it answers again.
 
         Raises:
             FlopsError: ``unreachable`` when the manager stays away for a minute, or what it answered.
@@ -109,12 +115,15 @@ class ApiClient:
         seen, away_since = after, None
         while True:
             try:
-                for event in self._stream(project_id, seen):
+                if away_since is not None:
+                    self.project(project_id)
                     away_since = None
+                    on_return()
+                for event in self._stream(project_id, seen):
                     if event.seq > seen:
                         seen = event.seq
                         yield event
-                project, away_since = self.project(project_id), None
+                project = self.project(project_id)
                 if project.stage.is_final and seen >= project.history_length:
                     return
             except (httpx.TransportError, FlopsError) as exc:

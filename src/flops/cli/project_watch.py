@@ -49,7 +49,12 @@ def watch_project(api: ApiClient, project_id: str) -> Project:
     project = api.project(project_id)
     try:
         with _report(api, project) as report:
-            for event in api.follow(project_id, on_gap=lambda error: report.note(_gap(error))):
+            events = api.follow(
+                project_id,
+                on_gap=lambda error: report.note(_gap(error)),
+                on_return=lambda: report.note("The manager answers again."),
+            )
+            for event in events:
                 report.tell(event)
             project = api.project(project_id)
     except KeyboardInterrupt:

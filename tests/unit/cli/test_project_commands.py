@@ -168,7 +168,13 @@ def test_watch_goes_on_when_the_manager_comes_back(
     with meanwhile(play):
         outcome = flops("project", "watch", project_id)
     assert outcome.exit_code == 0, outcome.err
-    for line in ("Round 1 of 1: ", "Round 2 of 3: ", "Round 3 of 3: "):
+    for line in (
+        "waiting for the manager",
+        "The manager answers again.",
+        "Round 1 of 1: ",
+        "Round 2 of 3: ",
+        "Round 3 of 3: ",
+    ):
         assert outcome.err.count(line) == 1
 
 
