@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from flops.core.ids import Digest
 from flops.core.image_reference import ImageReference
-from flops.core.images import Descriptor
+from flops.core.images import BaseImage, Descriptor, ImageRun, Platform
 from flops.ports import BlobStreams
 
 Report = Callable[[str], None]
@@ -83,5 +85,53 @@ class Registry(Protocol):
 
         Raises:
             FlopsError: ``registry_unreachable``; ``registry_refused`` when the registry does not delete.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """What an image is made from.
+
+    Args:
+        platforms: what it is made for.
+        lock: dependencies, as `flops.ports.Environments.lock` writes them; "" for none.
+        files: content by the path in the image, such as ``app/learner.py``.
+        folders: folders of this machine by the path in the image; all of each is taken, but bytecode.
+        run: what a container of it does.
+    """
+
+    platforms: tuple[Platform, ...]
+    lock: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    run: ImageRun = field(default_factory=ImageRun)
+
+
+class BaseImages(Protocol):
+    """What images are put on."""
+
+    def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
+        """The base for a platform; its layers are in `blobs`, whole.
+
+        Raises:
+            FlopsError: ``image_build_failed``, ``image_not_found``, ``image_damaged``, ``unreachable``,
+                ``registry_unreachable``, ``registry_refused``, ``timeout``, ``disk_full``.
+        """
+        ...
+
+
+class ImageAssembler(Protocol):
+    """Makes images on this machine. The same recipe gives the same digest; what was made is used again."""
+
+    def assemble(self, recipe: ImageRecipe, report: Report) -> Descriptor:
+        """Make an image for each platform of the recipe; returns the descriptor of their index.
+
+        A build that was killed is begun anew; of two that make the same layer at once the second waits.
+
+        Raises:
+            FlopsError: ``dependencies_unresolvable`` when a wheel is missing, naming requirement and
+                platform; ``image_build_failed``, ``unreachable``, ``timeout``, ``disk_full``, and what
+                `BaseImages.base` raises.
         """
         ...

@@ -130,6 +130,7 @@ class BaseImage(Value):
     platform: Platform
     layers: tuple[Layer, ...]
     python: str  # major.minor
+    interpreter: str  # its path
     env: dict[str, str] = Field(default_factory=dict)
 
 

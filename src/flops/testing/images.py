@@ -10,6 +10,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from flops.core.images import (
     INDEX,
     LAYER_GZIP,
     MANIFEST,
+    BaseImage,
     Descriptor,
     ImageRun,
     Layer,
@@ -33,7 +35,7 @@ from flops.core.images import (
     index_bytes,
     manifest_bytes,
 )
-from flops.image_ports import ImageBlobs
+from flops.image_ports import ImageBlobs, Report
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
 from flops.testing.waiting import until
@@ -61,6 +63,34 @@ def make_image(
     described = Descriptor(media_type=CONFIG, digest=blobs.put(config), size=len(config))
     data = manifest_bytes(described, [layer.blob for layer in layers])
     return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=platform)
+
+
+class HandMadeBase:
+    """Implements `flops.image_ports.BaseImages`: a layer with one file per platform, and no system at all."""
+
+    def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
+        """The base for a platform."""
+        report(f"The base for {platform} is made by hand.")
+        return BaseImage(
+            platform=platform,
+            layers=(make_layer(blobs, f"base-{platform.architecture}"),),
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+            interpreter="/usr/bin/python3",
+            env={"PATH": "/usr/bin", "LANG": "C.UTF-8"},
+        )
+
+
+def unpack_layer(blobs: ImageBlobs, layer: Descriptor, folder: Path) -> dict[str, tarfile.TarInfo]:
+    """Unpack a layer's files; returns the members of its archive by their path."""
+    with tarfile.open(fileobj=io.BytesIO(blobs.get(layer.digest)), mode="r:gz") as archive:
+        for member in archive:
+            target = folder / member.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if member.isreg() and (source := archive.extractfile(member)) is not None:
+                target.write_bytes(source.read())
+            elif member.issym():
+                target.symlink_to(member.linkname)
+        return {member.name: member for member in archive.getmembers()}
 
 
 def make_index(blobs: ImageBlobs, *images: Descriptor) -> Descriptor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,8 +31,9 @@ def make_wheel(
     requires: Iterable[str] = (),
     modules: Iterable[str] = (),
     data_bytes: int = 0,
+    tag: str = "py3-none-any",
 ) -> Path:
-    """Write a pure wheel whose modules are empty packages, and one file of zeros; returns its path."""
+    """Write a wheel whose modules are empty packages, and one file of zeros; returns its path."""
     stem = f"{name.replace('-', '_')}-{version}"
     info = f"{stem}.dist-info"
     metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
@@ -44,11 +46,21 @@ def make_wheel(
         "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
     files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
-    path = folder / f"{stem}-py3-none-any.whl"
+    path = folder / f"{stem}-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for inner, text in files.items():
             archive.writestr(zipfile.ZipInfo(inner), text)
     return path
+
+
+def lock_of(*wheels: Path, python: str) -> str:
+    """A lock of wheels as environments and images are made from."""
+    lines = [f"# python {python}\n"]
+    for wheel in wheels:
+        name, version, _ = wheel.name.split("-", 2)
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        lines.append(f"{name}=={version} \\\n    --hash=sha256:{digest}\n")
+    return "".join(lines)
 
 
 def use_only(wheels: Path, cache: Path) -> dict[str, str]:

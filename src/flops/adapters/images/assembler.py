@@ -1,0 +1,186 @@
+"""Images put together from layers: without a container, without root, for any platform."""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from flops.adapters.images.bytecode import compile_modules
+from flops.adapters.images.dependency_layer import ENVIRONMENT, dependency_layer
+from flops.adapters.images.layer_cache import LayerCache, key_of
+from flops.adapters.images.layer_file import pack_layer
+from flops.adapters.uv_program import UvProgram
+from flops.core.images import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    PYTHON_LABEL,
+    BaseImage,
+    Descriptor,
+    Layer,
+    Platform,
+    config_bytes,
+    index_bytes,
+    manifest_bytes,
+)
+from flops.durable_file import file_error
+from flops.errors import ErrorCode, FlopsError
+from flops.image_ports import BaseImages, ImageBlobs, ImageRecipe, Report
+
+_PYTHON = re.compile(r"# python (?P<python>\d+\.\d+)\n")
+_LEFT_OUT = frozenset({"__pycache__", ".git"})
+
+
+class OciAssembler:
+    """Implements `flops.image_ports.ImageAssembler`.
+
+    Args:
+        root: where it is written down which layers there are, and where they are made.
+        blobs: where all parts of images are stored.
+        bases: what images are put on.
+        uv: uv, with its environment.
+        environ: of uv; its ``UV_*`` variables decide which index, cache and links are used.
+        build_timeout_s: for downloading and unpacking the dependencies for one platform.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        blobs: ImageBlobs,
+        bases: BaseImages,
+        *,
+        uv: Path,
+        environ: Mapping[str, str],
+        build_timeout_s: float = 3_600.0,
+    ) -> None:
+        self._cache = LayerCache(root, blobs)
+        self._blobs = blobs
+        self._bases = bases
+        self._uv = UvProgram(uv, environ)
+        self._build_timeout_s = build_timeout_s
+
+    def assemble(self, recipe: ImageRecipe, report: Report) -> Descriptor:
+        """Make an image for each platform of the recipe; returns the descriptor of their index.
+
+        Raises:
+            FlopsError: see `flops.image_ports.ImageAssembler.assemble`.
+        """
+        with ThreadPoolExecutor(max(1, len(recipe.platforms))) as pool:
+            made = [
+                pool.submit(contextvars.copy_context().run, self._image, recipe, platform, report)
+                for platform in recipe.platforms
+            ]
+            images = [image.result() for image in made]
+        return self._store(index_bytes(images), INDEX)
+
+    def _image(self, recipe: ImageRecipe, platform: Platform, report: Report) -> Descriptor:
+        base = self._bases.base(platform, self._blobs, report)
+        layers = list(base.layers)
+        if recipe.lock:
+            _check_python(recipe.lock, base)
+            layers.append(
+                dependency_layer(self._cache, self._uv, base, recipe.lock, self._build_timeout_s, report)
+            )
+        layers.append(self._code_layer(recipe, base.python, report))
+        run = recipe.run.model_copy(
+            update={
+                "env": {**_environment(base, has_dependencies=bool(recipe.lock)), **recipe.run.env},
+                "labels": {PYTHON_LABEL: base.python, **recipe.run.labels},
+            }
+        )
+        config = self._store(config_bytes(platform, layers, run), CONFIG)
+        manifest = manifest_bytes(config, [layer.blob for layer in layers])
+        return self._store(manifest, MANIFEST, platform)
+
+    def _code_layer(self, recipe: ImageRecipe, python: str, report: Report) -> Layer:
+        """The same for all platforms; named by its content, it is made once."""
+        what = "The layer of the code"
+        files = {path: hashlib.sha256(data).hexdigest() for path, data in recipe.files.items()}
+        try:
+            for inside, folder in recipe.folders.items():
+                for path in _files(folder):
+                    place = str(PurePosixPath(inside) / path.relative_to(folder).as_posix())
+                    files[place] = _fingerprint(path)
+        except OSError as exc:
+            raise file_error(exc, folder) from exc
+
+        def make(notes: Path, descriptor: int) -> Layer:
+            report(f"{what} is being made of {len(files)} files.")
+            root = notes / "root"
+            try:
+                _lay_out(root, recipe)
+            except OSError as exc:
+                raise file_error(exc, root) from exc
+            compile_modules(root, "", python=python, uv=self._uv, descriptor=descriptor)
+            return pack_layer(root, self._blobs, f"{len(files)} files of code")
+
+        key = key_of("code", python, *(f"{path}\0{digest}" for path, digest in sorted(files.items())))
+        return self._cache.layer(key, what, make, report)
+
+    def _store(self, data: bytes, media_type: str, platform: str = "") -> Descriptor:
+        digest = self._blobs.put(data)
+        return Descriptor(media_type=media_type, digest=digest, size=len(data), platform=platform)
+
+
+def _check_python(lock: str, base: BaseImage) -> None:
+    found = _PYTHON.match(lock)
+    if found is not None and found["python"] != base.python:
+        raise FlopsError(
+            ErrorCode.IMAGE_BUILD_FAILED,
+            f"The dependencies are locked for Python {found['python']}, the base image for {base.platform} "
+            f"has Python {base.python}.",
+            hint=f"Ask for Python {base.python} in the dependency file, or use another base image.",
+        )
+
+
+def _environment(base: BaseImage, *, has_dependencies: bool) -> dict[str, str]:
+    path = base.env.get("PATH", "/usr/local/bin:/usr/bin:/bin")
+    return {
+        **base.env,
+        "PATH": f"{ENVIRONMENT}/bin:{path}" if has_dependencies else path,
+        "PYTHONDONTWRITEBYTECODE": "1",  # its files cannot be written, and have it already
+        "PYTHONUNBUFFERED": "1",
+        "HOME": "/tmp",  # noqa: S108 (of the container; the one place it may write to)
+    }
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files and symbolic links of a folder; an empty folder is nothing."""
+    for here, names, files in os.walk(folder):
+        links = [name for name in names if (Path(here) / name).is_symlink()]
+        names[:] = sorted(name for name in names if name not in _LEFT_OUT and name not in links)
+        yield from (Path(here) / name for name in sorted([*files, *links]))
+
+
+def _fingerprint(path: Path) -> str:
+    """What decides about a file in a layer: content, or where it leads, and whether it can be run."""
+    if path.is_symlink():
+        return f"-> {path.readlink()}"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{digest} {bool(path.stat().st_mode & 0o111)}"
+
+
+def _lay_out(root: Path, recipe: ImageRecipe) -> None:
+    root.mkdir()
+    for inside, folder in recipe.folders.items():
+        for path in _files(folder):
+            target = _place(root, PurePosixPath(inside) / path.relative_to(folder).as_posix())
+            shutil.copy2(path, target, follow_symlinks=False)
+    for inside, data in recipe.files.items():
+        _place(root, PurePosixPath(inside)).write_bytes(data)
+
+
+def _place(root: Path, inside: PurePosixPath) -> Path:
+    parts = [part for part in inside.parts if part != "/"]
+    if not parts or ".." in parts:
+        raise FlopsError(ErrorCode.IMAGE_BUILD_FAILED, f"{inside} is no place in an image.")
+    target = root.joinpath(*parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
