@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from flops.testing.waiting import until
 
@@ -69,23 +71,34 @@ class Podman:
             "CONTAINERS_CONF": str(folder / "containers.conf"),
             "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
         }
-        self._service: subprocess.Popen[bytes] | None = None
+        self._service: psutil.Process | None = None
 
     def start(self) -> None:
         """Start the service, and wait until it listens."""
         self.socket.unlink(missing_ok=True)
-        with (self.folder / "service.log").open("ab") as log:
-            self._service = subprocess.Popen(
-                [*self._command(), "system", "service", "--time=0", f"unix://{self.socket}"],
-                env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
-        until(self.socket.exists, "the socket of Podman")
+        service = [*self._command(), "system", "service", "--time=0", f"unix://{self.socket}"]
+        # No child of the tests' process: a test may start it again, and leave it to the next.
+        starter = ["sh", "-c", 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!', "sh"]
+        log = str(self.folder / "service.log")
+        done = subprocess.run(
+            [*starter, log, *service],
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+        )
+        self._service = psutil.Process(int(done.stdout))
+        until(self._listens, "the socket of Podman")
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     def kill(self) -> None:
         """Kill the service; the containers go on."""
         if self._service is not None:
-            self._service.send_signal(signal.SIGKILL)
-            self._service.wait()
+            self._service.kill()
+            self._service.wait(timeout=10)
             self._service = None
 
     def run(self, *arguments: str) -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import socket
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from flops.errors import ErrorCode, FlopsError
 
 TIMEOUT_S = 60.0
-_CONNECT_TIMEOUT_S = 5.0
 _PULL_TIMEOUT_S = 600.0  # without any news
 _FRAME_HEAD_BYTES = 8
 
@@ -64,20 +65,11 @@ class ContainerEngine:
     `EngineRefusedError` when it refuses.
 
     Args:
-        socket: of the engine.
+        path: of the engine's socket.
     """
 
-    def __init__(self, socket: Path) -> None:
-        self.socket = socket
-        self._client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket)),
-            base_url="http://engine",  # the paths name no version: each engine serves its newest
-            timeout=httpx.Timeout(TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
-        )
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._client.close()
+    def __init__(self, path: Path) -> None:
+        self.socket = path  # its paths name no version of the API: each engine serves its newest
 
     def facts(self) -> EngineFacts:
         """What the engine is."""
@@ -109,9 +101,9 @@ class ContainerEngine:
     def inspect(self, name: str) -> dict[str, Any] | None:
         """What a container is and how it stands; None when there is none of this name."""
         try:
-            return self._json("GET", f"/containers/{name}/json")
+            return dict(self._json("GET", f"/containers/{name}/json"))
         except EngineRefusedError as exc:
-            if exc.status == httpx.codes.NOT_FOUND:
+            if exc.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
 
@@ -121,7 +113,7 @@ class ContainerEngine:
         if only_running:
             filters["status"] = ["running"]
         params = {"all": "true", "filters": json.dumps(filters)}
-        found = self._call("GET", "/containers/json", params=params).json()
+        found = self._json("GET", "/containers/json", params=params)
         return [entry for entry in found or () if isinstance(entry, dict)]
 
     def stop(self, name: str, grace_s: float) -> None:
@@ -157,8 +149,8 @@ class ContainerEngine:
         A line longer than the engine's buffer comes in several pieces.
         """
         params = {"stdout": "true", "stderr": "true", "timestamps": "true", "since": str(since_s)}
-        with self._stream("GET", f"/containers/{name}/logs", params=params) as response:
-            for frame in _frames(response.iter_bytes()):
+        with self._answer("GET", f"/containers/{name}/logs", params) as answer:
+            for frame in _frames(answer.read):
                 stamp, _, data = frame.partition(b" ")
                 yield int(datetime.fromisoformat(stamp.decode()).timestamp()), data
 
@@ -169,20 +161,20 @@ class ContainerEngine:
     def image(self, reference: str) -> dict[str, Any] | None:
         """What an image is; None when it is not here."""
         try:
-            return self._json("GET", f"/images/{reference}/json")
+            return dict(self._json("GET", f"/images/{reference}/json"))
         except EngineRefusedError as exc:
-            if exc.status == httpx.codes.NOT_FOUND:
+            if exc.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
 
     def import_root(self, reference: str, archive: bytes) -> None:
         """Make an image of one layer from a tar archive."""
         params = {"fromSrc": "-", "repo": reference}
-        self._read_progress("/images/create", params, archive)
+        self._read_progress("/images/create", params, (archive,))
         if not self.has_image(reference):
             raise EngineRefusedError(500, f"{reference} was taken in, but is not there")
 
-    def load(self, archive: Iterator[bytes]) -> None:
+    def load(self, archive: Iterable[bytes]) -> None:
         """Take in images from an archive, as ``docker save`` or an OCI layout in a tar."""
         self._read_progress("/images/load", {"quiet": "true"}, archive)
 
@@ -192,7 +184,7 @@ class ContainerEngine:
         An engine answers 200 before it begins: what fails later stands in the stream only, and Podman may
         fail without a word there. So the stream is read whole, and the image is looked for afterwards.
         """
-        self._read_progress("/images/create", {"fromImage": reference}, b"")
+        self._read_progress("/images/create", {"fromImage": reference}, ())
         if not self.has_image(reference):
             raise EngineRefusedError(404, f"{reference} was pulled, but is not there")
 
@@ -205,28 +197,26 @@ class ContainerEngine:
         with self._if_there():
             self._call("DELETE", f"/images/{reference}")
 
-    def _read_progress(self, path: str, params: Mapping[str, str], content: Any) -> None:
+    def _read_progress(self, path: str, params: Mapping[str, str], content: Iterable[bytes]) -> None:
         headers = {"Content-Type": "application/x-tar"}
-        with self._stream(
-            "POST", path, params=params, content=content, headers=headers, timeout_s=_PULL_TIMEOUT_S
-        ) as response:
-            for line in response.iter_lines():
+        with self._answer("POST", path, params, content, headers, timeout_s=_PULL_TIMEOUT_S) as answer:
+            for line in answer:
+                news = None
                 with contextlib.suppress(ValueError):
                     news = json.loads(line)
-                    if isinstance(news, dict) and news.get("error"):
-                        raise EngineRefusedError(502, _one_line(str(news["error"])))
+                if isinstance(news, dict) and news.get("error"):
+                    raise EngineRefusedError(HTTPStatus.BAD_GATEWAY, _one_line(str(news["error"])))
 
     @contextlib.contextmanager
     def _if_there(self) -> Iterator[None]:
         try:
             yield
         except EngineRefusedError as exc:
-            if exc.status not in {httpx.codes.NOT_FOUND, httpx.codes.NOT_MODIFIED}:
+            if exc.status != HTTPStatus.NOT_FOUND:
                 raise
 
-    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        answer = self._call(method, path, **options).json()
-        return answer if isinstance(answer, dict) else {}
+    def _json(self, method: str, path: str, **options: Any) -> Any:
+        return json.loads(self._call(method, path, **options) or b"{}")
 
     def _call(
         self,
@@ -236,70 +226,74 @@ class ContainerEngine:
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         timeout_s: float = TIMEOUT_S,
-    ) -> httpx.Response:
-        with self._translated(path):
-            response = self._client.request(
-                method, path, params=params, json=body, timeout=_timeout(timeout_s)
-            )
-        _check(response)
-        return response
+    ) -> bytes:
+        content = () if body is None else (json.dumps(body).encode(),)
+        headers = {"Content-Type": "application/json"}
+        with self._answer(method, path, params or {}, content, headers, timeout_s=timeout_s) as answer:
+            return answer.read()
 
     @contextlib.contextmanager
-    def _stream(
-        self, method: str, path: str, *, timeout_s: float = TIMEOUT_S, **options: Any
-    ) -> Iterator[httpx.Response]:
-        with (
-            self._translated(path),
-            self._client.stream(method, path, timeout=_timeout(timeout_s), **options) as response,
-        ):
-            if response.status_code >= httpx.codes.BAD_REQUEST:
-                response.read()
-            _check(response)
-            yield response
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        content: Iterable[bytes] = (),
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Iterator[HTTPResponse]:
+        """Send a request on a connection of its own; the answer can be read within."""
+        target = f"{urllib.parse.quote(path, safe='/:@')}?{urllib.parse.urlencode(params)}"
+        with contextlib.closing(_SocketConnection(self.socket, timeout_s)) as connection:
+            try:
+                connection.request(
+                    method, target, body=iter(content), headers=dict(headers or {}), encode_chunked=True
+                )
+                answer = connection.getresponse()
+                if answer.status >= HTTPStatus.BAD_REQUEST:
+                    raise EngineRefusedError(answer.status, _message_of(answer.read()))
+                yield answer
+            except TimeoutError as exc:
+                raise FlopsError(
+                    ErrorCode.TIMEOUT, f"The container engine at {self.socket} did not answer {path} in time."
+                ) from exc
+            except (OSError, HTTPException, ValueError) as exc:
+                why = str(exc) or type(exc).__name__
+                raise FlopsError(
+                    ErrorCode.UNREACHABLE,
+                    f"The container engine at {self.socket} does not answer: {why}.",
+                    hint="Start it: `systemctl start docker`, or `systemctl start podman.socket`.",
+                ) from exc
 
-    @contextlib.contextmanager
-    def _translated(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except httpx.TimeoutException as exc:
-            raise FlopsError(
-                ErrorCode.TIMEOUT, f"The container engine at {self.socket} did not answer {path} in time."
-            ) from exc
-        except httpx.HTTPError as exc:
-            raise FlopsError(
-                ErrorCode.UNREACHABLE,
-                f"The container engine at {self.socket} does not answer: {str(exc) or type(exc).__name__}.",
-                hint="Start it: `systemctl start docker`, or `systemctl start podman.socket`.",
-            ) from exc
+
+class _SocketConnection(HTTPConnection):
+    """HTTP on a UNIX socket."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("engine", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
 
 
-def _timeout(read_s: float) -> httpx.Timeout:
-    return httpx.Timeout(read_s, connect=_CONNECT_TIMEOUT_S)
-
-
-def _check(response: httpx.Response) -> None:
-    if response.status_code < httpx.codes.BAD_REQUEST:
-        return
-    message = response.text
+def _message_of(answer: bytes) -> str:
+    message = answer.decode(errors="replace")
     with contextlib.suppress(ValueError):
-        answer = response.json()
-        if isinstance(answer, dict):
-            message = str(answer.get("message") or message)
-    raise EngineRefusedError(response.status_code, _one_line(message))
+        parsed = json.loads(answer)
+        if isinstance(parsed, dict):
+            message = str(parsed.get("message") or message)
+    return _one_line(message)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:500].rstrip(".")
 
 
-def _frames(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
     """The pieces of a multiplexed stream, each behind a head of 8 bytes that ends with its length."""
-    buffer = b""
-    for chunk in chunks:
-        buffer += chunk
-        while len(buffer) >= _FRAME_HEAD_BYTES:
-            end = _FRAME_HEAD_BYTES + int.from_bytes(buffer[4:_FRAME_HEAD_BYTES], "big")
-            if len(buffer) < end:
-                break
-            yield buffer[_FRAME_HEAD_BYTES:end]
-            buffer = buffer[end:]
+    while len(head := read(_FRAME_HEAD_BYTES)) == _FRAME_HEAD_BYTES:
+        yield read(int.from_bytes(head[4:], "big"))

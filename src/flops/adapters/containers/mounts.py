@@ -92,7 +92,7 @@ def empty_root() -> tuple[str, bytes]:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in _MOUNT_POINTS:
             folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
             archive.addfile(folder)
         for path in map(Path, _SYSTEM_FOLDERS):
             if path.is_symlink():

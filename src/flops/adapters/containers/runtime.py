@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -11,8 +12,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,32 +98,44 @@ class ContainerRuntime:
                 ``file_unreadable`` or ``service_failed`` when it cannot be started.
         """
         folder = self._folder(service_id)
-        before = self.status(service_id)
-        if before is not None and before.state is ServiceState.RUNNING:
-            return
-        name = self._container(service_id)
+        with _alone(folder):
+            before = self.status(service_id)
+            if before is not None and before.state is ServiceState.RUNNING:
+                return
+            facts = self._engine_facts()
+            self._begin(service_id, folder, resources, before)
+            image = reach.image if reach is not None else ""
+            if not image and shutil.which(argv[0], path=env.get("PATH", os.defpath)) is None:
+                problem = f"{argv[0]} cannot be started: there is no such program"
+                self._write_exit(folder, {"problem": problem})
+                return
+            variables = {**env, "TMPDIR": str(self._prepare_folders(work_dir, reach, facts))}
+            body = describe(facts, argv, variables, work_dir, resources, reach)
+            body["Labels"] = {RUNTIME_LABEL: self._name, SERVICE_LABEL: service_id}
+            body["HostConfig"]["LogConfig"] = self._output.log_config(facts)
+            self._run(service_id, body, has_image=bool(image))
+
+    def _begin(
+        self, service_id: ServiceId, folder: Path, resources: Resources, before: ServiceStatus | None
+    ) -> None:
+        """Forget how it ended last, and keep how it is started now."""
         attempt = int((_read_json(folder / LAUNCH_FILE) or {}).get("attempt", 0)) + 1
-        facts = self._engine_facts()
         for file in (EXIT_FILE, RUN_FILE, STOP_FILE):
             (folder / file).unlink(missing_ok=True)
-        heading = "" if before is None else restart_heading(attempt, before)
         launch = {"attempt": attempt, "boot_id": self._boot_id, "memory_mb": resources.memory_mb}
         write_durably(folder / LAUNCH_FILE, json.dumps(launch))
-        self._output.begin(service_id, folder, heading)
-        if not (reach and reach.image) and shutil.which(argv[0], path=env.get("PATH", os.defpath)) is None:
-            self._write_exit(folder, {"problem": f"{argv[0]} cannot be started: there is no such program"})
-            return
-        variables = {**env, "TMPDIR": str(self._prepare_folders(work_dir, reach, facts))}
-        body = describe(facts, argv, variables, work_dir, resources, reach)
-        body["Labels"] = {RUNTIME_LABEL: self._name, SERVICE_LABEL: service_id}
-        body["HostConfig"]["LogConfig"] = self._output.log_config(facts)
+        self._output.begin(service_id, folder, "" if before is None else restart_heading(attempt, before))
+
+    def _run(self, service_id: ServiceId, body: Mapping[str, Any], *, has_image: bool) -> None:
+        name = self._container(service_id)
         try:
             self._engine.remove(name)
-            if not (reach and reach.image):
+            if not has_image:
                 self._provide_root()
             self._engine.create(name, body)
             self._engine.start(name)
         except EngineRefusedError as exc:
+            self._remove_container(service_id)
             raise FlopsError(
                 ErrorCode.SERVICE_FAILED, f"{service_id} cannot be started in a container: {exc.message}."
             ) from exc
@@ -322,6 +335,21 @@ class ContainerRuntime:
         state = shim.process_state(int(run["pid"]))
         is_it = state is not None and state[0] not in "ZX" and state[2] == run["started_ticks"]
         return int(run["pid"]) if is_it else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a service's folder, also against other processes of this node."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise file_error(exc, folder) from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _signal_or_code(code: int) -> int:
