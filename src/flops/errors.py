@@ -87,6 +87,9 @@ class ErrorCode(StrEnum):
     INPUT_INVALID = "input_invalid"
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_UNLOADABLE = "model_unloadable"
+    MODEL_DEPLOYED = "model_deployed"
+    NOT_DEPLOYED = "not_deployed"
+    ROLLBACK_IMPOSSIBLE = "rollback_impossible"
 
     # Images and registries
     IMAGE_NAME_INVALID = "image_name_invalid"
@@ -236,6 +239,15 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ),
     ErrorCode.MODEL_NOT_FOUND: ErrorSpec(404, 72, "`flops model list` shows the models that exist."),
     ErrorCode.MODEL_UNLOADABLE: ErrorSpec(500, 73, "Look at the log of the inference service."),
+    ErrorCode.NOT_DEPLOYED: ErrorSpec(
+        409, 75, "`flops model deploy MODEL` deploys it; `flops model list` shows what is deployed where."
+    ),
+    ErrorCode.ROLLBACK_IMPOSSIBLE: ErrorSpec(
+        409, 76, "`flops model show` lists what was deployed; `flops model deploy --version` takes any version."
+    ),
+    ErrorCode.MODEL_DEPLOYED: ErrorSpec(
+        409, 77, "Deploy another version, or `flops model undeploy MODEL`; then delete the project."
+    ),
     ErrorCode.IMAGE_NAME_INVALID: ErrorSpec(
         400, 80, "Name images as HOST/NAME:TAG, such as localhost:5000/flops/learner:v1."
     ),

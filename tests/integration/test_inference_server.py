@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from flops.actor import ActorContext
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.serving.app import BODY_BYTES_MOST, Model, StatusError, application, listen
+from flops.testing.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -179,8 +181,8 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     assert caught.value.code is ErrorCode.MODEL_UNLOADABLE
 
 
-def context_of(folder: Path, model: Path, port: int) -> ActorContext:
-    config = {"project_id": "p", "model_name": "digits", "model_version": "3", "port": port}
+def context_of(folder: Path, model: Path, port: int, **more: Any) -> ActorContext:
+    config = {"project_id": "p", "model_name": "digits", "model_version": "3", "port": port, **more}
     return ActorContext("inference-p", "p", "edge-1", str(folder), repo_dir=str(model), config=config)
 
 
@@ -218,14 +220,29 @@ def test_a_taken_port_is_replaced_by_a_free_one() -> None:
     assert caught.value.code is ErrorCode.CONFIG_INVALID
 
 
+def test_a_fixed_port_is_shared_with_its_like_and_with_nothing_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(FlopsError, match=f"Port {port}") as caught:
+            listen("127.0.0.1", port, is_fixed=True)
+        assert caught.value.code is ErrorCode.PORT_OCCUPIED
+    with listen("127.0.0.1", port, is_fixed=True), listen("127.0.0.1", port) as elsewhere:
+        assert elsewhere.getsockname()[1] != port
+    with listen("127.0.0.1", port, is_fixed=True), listen("127.0.0.1", port, is_fixed=True) as second:
+        assert second.getsockname()[1] == port
+    with pytest.raises(FlopsError) as caught:
+        listen("192.0.2.1", port, is_fixed=True)
+    assert caught.value.code is ErrorCode.CONFIG_INVALID
+
+
 class Service:
     """The server as a process, as a node starts it."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            self.port = other.getsockname()[1]
+    def __init__(self, folder: Path, model: Path, port: int = 0, **config: Any) -> None:
+        with socket.create_server(("127.0.0.1", port)) if port == 0 else nullcontext() as other:
+            self.port = other.getsockname()[1] if other is not None else port
         self.events_file = folder / "events.jsonl"
-        context = context_of(folder, model, self.port).save()
+        context = context_of(folder, model, self.port, **config).save()
         self.process = subprocess.Popen([sys.executable, "-m", "flops.serving.app", str(context)])
 
     def wait_for(self, kind: str) -> dict[str, Any]:
@@ -266,6 +283,69 @@ def test_the_service_tells_its_address_answers_and_ends_in_peace(
         assert (answer.status_code, answer.json()["predictions"]) == expected
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(20) == 0
+
+
+class Hammer:
+    """Clients that ask which version answers, again and again: with new connections, and with kept ones."""
+
+    def __init__(self, url: str, clients: int = 4) -> None:
+        self.versions: list[str] = []
+        self.failures: list[str] = []
+        self._url = url
+        self._is_over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(clients)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for_only(self, version: str) -> None:
+        """Wait until this version has given the last answers, whoever asked."""
+        asked = len(self.versions)
+        until(lambda: len(self.versions) > asked + 40, "answers")
+        assert set(self.versions[asked + 20 :]) == {version}
+
+    def stop(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, keeps_connection: bool) -> None:
+        headers = {} if keeps_connection else {"connection": "close"}
+        with httpx.Client(trust_env=False, timeout=20, headers=headers) as client:
+            while not self._is_over.wait(0.01):
+                try:
+                    self.versions.append(client.get(self._url).json()["model"]["version"])
+                except (httpx.HTTPError, ValueError, KeyError) as exc:
+                    self.failures.append(repr(exc))
+
+
+@pytest.mark.timeout(300)
+def test_one_service_takes_over_from_another_and_no_request_is_refused(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    first = Service(tmp_path, folders["numbers"], model_version="1", is_port_fixed=True)
+    services = [first]
+    address = first.wait_for("listening")["address"]
+    assert address == f"127.0.0.1:{first.port}"
+    hammer = Hammer(f"http://{address}/")
+    try:
+        for version in ("2", "3"):
+            folder = tmp_path / version
+            folder.mkdir()
+            config = {"model_version": version, "is_port_fixed": True}
+            services.append(Service(folder, folders["numbers"], first.port, **config))
+            assert services[-1].wait_for("listening")["address"] == address
+            services[-2].process.send_signal(signal.SIGTERM)
+            assert services[-2].process.wait(20) == 0
+            hammer.wait_for_only(version)
+    finally:
+        hammer.stop()
+        for service in services:
+            service.process.kill()
+            service.process.wait()
+    assert hammer.failures == []
+    assert set(hammer.versions) == {"1", "2", "3"}
 
 
 def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:

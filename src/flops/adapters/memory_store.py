@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from flops.core.deployment import Deployment
 from flops.core.effects import Effect
 from flops.core.ids import EnvironmentKey, ProjectId
 from flops.core.project import Environment, MockData, Project, ProjectEvent
@@ -12,7 +13,7 @@ from flops.errors import ErrorCode, FlopsError
 
 
 class MemoryProjectStore:
-    """Implements `flops.ports.ProjectStore`; a second object knows nothing of the first."""
+    """Implements `flops.deployment_ports.ManagerStore`; a second object knows nothing of the first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,6 +24,7 @@ class MemoryProjectStore:
         self._done: set[str] = set()
         self._environments: dict[EnvironmentKey, Environment] = {}
         self._mock_data: dict[str, MockData] = {}
+        self._deployments: dict[str, Deployment] = {}
 
     def add(self, project: Project, events: Sequence[ProjectEvent], effects: Sequence[Effect]) -> None:
         """Store a new project."""
@@ -139,6 +141,16 @@ class MemoryProjectStore:
         with self._lock:
             return list(reversed(self._mock_data.values()))
 
+    def put_deployment(self, deployment: Deployment) -> None:
+        """Store a deployed model's record."""
+        with self._lock:
+            self._deployments[deployment.name] = deployment
+
+    def deployments(self) -> list[Deployment]:
+        """All records of deployed models, by name."""
+        with self._lock:
+            return sorted(self._deployments.values(), key=lambda deployment: deployment.name)
+
     def reset(self) -> None:
         """Forget everything but the cursor."""
         with self._lock:
@@ -146,6 +158,7 @@ class MemoryProjectStore:
                 records.clear()
             self._environments.clear()
             self._mock_data.clear()
+            self._deployments.clear()
 
     def _append(
         self, project_id: ProjectId, events: Sequence[ProjectEvent], effects: Sequence[Effect]

@@ -11,6 +11,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from flops.adapters.sql_engine import SqliteFile
+from flops.core.deployment import Deployment
 from flops.core.effects import Effect
 from flops.core.ids import EnvironmentKey, ProjectId
 from flops.core.project import Environment, MockData, Project, ProjectEvent
@@ -73,8 +74,14 @@ class _MockDataRow(_Table):
     document: Mapped[str]  # the record as JSON
 
 
+class _DeploymentRow(_Table):
+    __tablename__ = "deployments"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    document: Mapped[str]  # the record as JSON
+
+
 class SqlProjectStore:
-    """Implements `flops.ports.ProjectStore` on one SQLite file; safe to use from several threads.
+    """Implements `flops.deployment_ports.ManagerStore` on one SQLite file; safe to use from several threads.
 
     Every method raises `FlopsError`: ``disk_full``, or ``internal`` naming the file.
 
@@ -213,10 +220,20 @@ class SqlProjectStore:
         query = select(_MockDataRow.document).order_by(_MockDataRow.position.desc())
         return [MockData.model_validate_json(document) for document in self._documents(query)]
 
+    def put_deployment(self, deployment: Deployment) -> None:
+        """Store a deployed model's record."""
+        self._put(_DeploymentRow, "name", deployment.name, deployment.model_dump_json())
+
+    def deployments(self) -> list[Deployment]:
+        """All records of deployed models, by name."""
+        query = select(_DeploymentRow.document).order_by(_DeploymentRow.name)
+        return [Deployment.model_validate_json(document) for document in self._documents(query)]
+
     def reset(self) -> None:
         """Forget everything but the cursor."""
         with self._file.transaction() as connection:
-            for table in (_ProjectRow, _EventRow, _EffectRow, _EnvironmentRow, _MockDataRow):
+            tables = (_ProjectRow, _EventRow, _EffectRow, _EnvironmentRow, _MockDataRow, _DeploymentRow)
+            for table in tables:
                 connection.execute(delete(table))
 
     def _prepare(self, connection: Connection) -> None:
@@ -231,7 +248,11 @@ class SqlProjectStore:
             return list(connection.execute(query).scalars())
 
     def _put(
-        self, table: type[_EnvironmentRow | _MockDataRow], key_column: str, key: str, document: str
+        self,
+        table: type[_EnvironmentRow | _MockDataRow | _DeploymentRow],
+        key_column: str,
+        key: str,
+        document: str,
     ) -> None:
         statement = insert(table).values({key_column: key, "document": document})
         with self._file.transaction() as connection:

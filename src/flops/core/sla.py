@@ -135,6 +135,7 @@ class ProjectSla(StrictValue):
     ml_model_flavor: ModelFlavor
     use_devel_base_images: bool = False
     supported_platforms: Annotated[tuple[Platform, ...], Field(min_length=1)] = (Platform.AMD64,)
+    model_name: Annotated[str, Field(pattern=TAG_PATTERN)] | None = None
     training_configuration: TrainingConfiguration
     post_training_steps: tuple[PostTrainingStep, ...] = ()
     resource_constraints: ResourceConstraints = ResourceConstraints()

@@ -31,15 +31,17 @@ from flops.core.mock_progress import RUNNING
 from flops.core.output import Output
 from flops.core.project import Failure, MockData, Project, ProjectEvent, Stage
 from flops.core.sla import MockDataSla, ProjectSla, TrainingMode
+from flops.deployment_ports import ManagerStore
 from flops.errors import ErrorCode, FlopsError
 from flops.log import log_context
+from flops.manager.deployments import ModelDeployments, is_launch
 from flops.manager.effects import NEVER_GIVEN_UP, EffectRunner
 from flops.manager.event_pump import EventPump
 from flops.manager.executor import EffectExecutor
 from flops.manager.mock_data import MockDataProviders
 from flops.manager.options import EngineOptions
 from flops.manager.translation import translate
-from flops.ports import Blobs, Clock, MLRepos, Orchestrator, ProjectStore
+from flops.ports import Blobs, Clock, MLRepos, Orchestrator
 from flops.tracker_port import Tracker
 
 _log = logging.getLogger(__name__)
@@ -59,11 +61,14 @@ class Engine:
         clock: stamps what happens.
         options: see `EngineOptions`.
         tracker: the record of experiments, whose runs end with their projects; None leaves them.
+
+    Attributes:
+        deployments: models that are served at an address of their own.
     """
 
     def __init__(
         self,
-        store: ProjectStore,
+        store: ManagerStore,
         orchestrator: Orchestrator,
         repos: MLRepos,
         blobs: Blobs,
@@ -81,6 +86,7 @@ class Engine:
         self._runner = EffectRunner(store, orchestrator, repos, blobs, options, tracker)
         self._executor = EffectExecutor(self._perform, options.workers)
         self._mock_data = MockDataProviders(store, orchestrator, blobs, clock)
+        self.deployments = ModelDeployments(store, orchestrator, blobs, clock, options)
         self._pump = EventPump(store, orchestrator, self._take_in)
         self.is_closed = False
 
@@ -91,6 +97,7 @@ class Engine:
         self._recovered = {effect.key for effect in pending}
         self._executor.submit(pending)
         self._mock_data.resume()
+        self.deployments.resume()
         self._executor.start()
         self._pump.start()
 
@@ -136,9 +143,11 @@ class Engine:
         """Have a project stopped and removed with all that belongs to it.
 
         Raises:
-            FlopsError: ``project_not_found``.
+            FlopsError: ``project_not_found``; ``model_deployed`` while its model is.
         """
-        return self._apply(project_id, DeleteRequested())
+        with self.deployments.lock:
+            self.deployments.refuse_deletion(project_id)
+            return self._apply(project_id, DeleteRequested())
 
     def create_mock_data(self, sla: MockDataSla, dataset_blob: str | None = None) -> MockData:
         """Have mock data pushed to learner nodes.
@@ -149,14 +158,15 @@ class Engine:
         return self._mock_data.create(sla, dataset_blob)
 
     def reset(self, *, is_forced: bool = False) -> None:
-        """Forget all projects, mock data records and environments, and remove their services.
+        """Forget all projects, mock data, deployed models and environments, and remove their services.
 
         Raises:
-            FlopsError: ``conflict`` while projects or mock data providers run, unless forced.
+            FlopsError: ``conflict`` while any of them runs, unless forced.
         """
-        with self._lock:
+        with self.deployments.lock, self._lock:
             busy = [f"project {p.id} ({p.stage.value})" for p in self._store.all() if not p.stage.is_final]
             busy += [f"mock data {m.id}" for m in self._store.list_mock_data() if m.state == RUNNING]
+            busy += [f"model {d.name} ({d.state})" for d in self._store.deployments() if d.launched]
             if busy and not is_forced:
                 raise FlopsError(
                     ErrorCode.CONFLICT,
@@ -248,6 +258,9 @@ class Engine:
         """Take in an event of a service; the position in the log moves with the project."""
         project_id = ProjectId(event.project_id)
         with log_context(project_id=project_id, service_id=event.service_id):
+            if is_launch(event.service_id, event.project_id):
+                self.deployments.take_in(event, node)
+                return
             try:
                 translated = translate(event, node)
             except ValueError:

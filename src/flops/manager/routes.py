@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from flops.core.cluster import Service
+from flops.core.deployment import Deployment
 from flops.core.ids import ProjectId
 from flops.core.project import Project
 from flops.core.sla import MockDataSla, ProjectSla, parse_mock_data_sla, parse_project_sla
@@ -23,6 +24,7 @@ from flops.ports import BlobStreams
 from flops.wire.rest import (
     BlobStored,
     ControlStatus,
+    DeployRequest,
     Message,
     MockDataCreated,
     MockDataList,
@@ -55,6 +57,7 @@ def build_routes(engine: Engine, status: Callable[[], ControlStatus], blobs: Blo
     router = APIRouter(prefix="/api/flops")
     _add_projects(router, engine)
     _add_project_actions(router, engine)
+    _add_models(router, engine)
     _add_mock_data(router, engine)
     _add_cluster(router, engine, status)
     _add_administration(router, engine, blobs)
@@ -119,10 +122,35 @@ def _add_project_actions(router: APIRouter, engine: Engine) -> None:
         engine.delete(ProjectId(project_id))
         return Message(message=f"Project {project_id} is being deleted.")
 
-    @router.get("/models", tags=["projects"])
+
+def _add_models(router: APIRouter, engine: Engine) -> None:
+    deployments = engine.deployments
+
+    @router.get("/models", tags=["models"])
     def list_models() -> ModelList:
-        """Trained models, newest first."""
-        return ModelList(models=tuple(_models(engine.projects())))
+        """Trained models, newest first, and where they are served."""
+        return ModelList(models=tuple(_models(engine.projects(), deployments.all())))
+
+    @router.get("/models/{name}/deployment", tags=["models"])
+    def show_deployment(name: str) -> Deployment:
+        """Where a model is deployed, in which version, and which versions were before."""
+        return deployments.get(name)
+
+    @router.post("/models/{name}/deployment", tags=["models"])
+    def deploy_model(name: str, wanted: DeployRequest | None = None) -> Deployment:
+        """Deploy a version of a model. It takes over when it answers; until then the one before goes on."""
+        wanted = wanted or DeployRequest()
+        return deployments.deploy(name, version=wanted.version, node=wanted.node, port=wanted.port)
+
+    @router.post("/models/{name}/deployment/rollback", tags=["models"])
+    def roll_model_back(name: str) -> Deployment:
+        """Deploy the version that was deployed before the present one."""
+        return deployments.rollback(name)
+
+    @router.delete("/models/{name}/deployment", tags=["models"])
+    def undeploy_model(name: str) -> Deployment:
+        """Stop what serves the model. Its address is kept for the next version."""
+        return deployments.undeploy(name)
 
 
 def _add_mock_data(router: APIRouter, engine: Engine) -> None:
@@ -211,20 +239,32 @@ def _without_config(service: Service) -> Service:
     return service.model_copy(update={"spec": service.spec.model_copy(update={"config": {}})})
 
 
-def _models(projects: list[Project]) -> list[Model]:
-    return [
-        Model(
-            project_id=project.id,
-            name=project.model.name,
-            version=project.model.version,
-            round=project.model.round,
-            accuracy=project.model.accuracy,
-            loss=project.model.loss,
-            run_id=project.model.run_id,
-            model_uri=project.model.model_uri,
-            tracking_url=project.tracking_url,
-            inference_url=project.inference_url,
+def _models(projects: list[Project], deployments: list[Deployment]) -> list[Model]:
+    deployed = {
+        (launch.project_id, launch.version): (deployment.state, launch)
+        for deployment in deployments
+        for launch in deployment.launched
+    }
+    models = []
+    for project in projects:
+        if (model := project.model) is None:
+            continue
+        state, launch = deployed.get((project.id, model.version), ("", None))
+        models.append(
+            Model(
+                project_id=project.id,
+                name=model.name,
+                version=model.version,
+                round=model.round,
+                accuracy=model.accuracy,
+                loss=model.loss,
+                run_id=model.run_id,
+                model_uri=model.model_uri,
+                tracking_url=project.tracking_url,
+                inference_url=project.inference_url,
+                deployment=state,
+                deployment_url=launch.url if launch is not None else "",
+                deployment_node=launch.node if launch is not None else "",
+            )
         )
-        for project in projects
-        if project.model is not None
-    ]
+    return models

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from flops.core.cluster import ServiceKind, ServiceSpec
-from flops.core.ids import NodeId, make_service_id
+from flops.core.deployment import Launch
+from flops.core.ids import NodeId, ServiceId, make_service_id
 from flops.core.placement import aggregator_resources, learner_resources
 from flops.core.project import Environment, MockData, Placement, Project, Repository, TrainedModel
 from flops.core.sla import MockDataSla
@@ -61,12 +62,13 @@ def aggregator_spec(project: Project, options: EngineOptions) -> ServiceSpec:
         min_evaluate_clients=training.min_evaluate_clients,
         strategy=training.strategy,
         round_timeout_s=training.round_timeout_s,
+        load_timeout_s=options.load_timeout_s,
         target_metric=training.target_metric,
         early_stopping=training.early_stopping,
         seed=training.seed,
         learner_token=learner_token(project, options.secret),
         tracking_uri=options.tracking_uri,
-        model_name=f"flops-{project.id}",
+        model_name=project.sla.model_name or f"flops-{project.id}",
         tags={
             "flops.project_id": project.id,
             "flops.customer_id": project.sla.customer_id,
@@ -106,6 +108,7 @@ def learner_specs(
             part=seen[node_id],
             parts=parts[node_id],
             seed=project.sla.training_configuration.seed,
+            load_timeout_s=options.load_timeout_s,
         )
         seen[node_id] += 1
         specs.append(
@@ -125,16 +128,29 @@ def learner_specs(
 
 
 def inference_spec(project: Project, node_id: NodeId, options: EngineOptions) -> ServiceSpec:
-    """The inference service of a project's best model."""
+    """The inference service of a project's best model, as its post-training step asks for it."""
+    service_id = make_service_id(ServiceKind.INFERENCE.value, project.id)
+    return _inference_spec(project, service_id, node_id, options.inference_port, is_port_fixed=False)
+
+
+def launch_spec(project: Project, launch: Launch) -> ServiceSpec:
+    """The inference service of a deployed model's version, which this project trained."""
+    return _inference_spec(project, launch.service_id, launch.node_id, launch.port, is_port_fixed=True)
+
+
+def _inference_spec(
+    project: Project, service_id: ServiceId, node_id: NodeId, port: int, *, is_port_fixed: bool
+) -> ServiceSpec:
     model = _model(project)
     config = InferenceConfig(
         project_id=project.id,
         model_name=model.name,
         model_version=model.version,
-        port=options.inference_port,
+        port=port,
+        is_port_fixed=is_port_fixed,
     )
     return ServiceSpec(
-        id=make_service_id(ServiceKind.INFERENCE.value, project.id),
+        id=service_id,
         project_id=project.id,
         kind=ServiceKind.INFERENCE,
         node_id=node_id,

@@ -10,16 +10,20 @@ MLflow, Starlette, uvicorn and orjson.
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import errno
 import faulthandler
 import json
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -38,6 +42,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from flops.actor import ActorContext, EventLog, log_failure, run_actor
 from flops.disclosure import Disclosure
@@ -46,7 +51,10 @@ from flops.errors import ErrorCode, FlopsError
 LOAD_TIMEOUT_S = 600.0
 BODY_BYTES_MOST = 64 * 2**20
 _GRACE_S = 5
+_LINGER_S = 1.0  # after it was told to end: who is about to ask is still answered
+_ANSWERS_S = 3  # for requests that it works on when it ends; its node waits 5 s in all
 _BACKLOG = 2048
+_SO_ATTACH_REUSEPORT_CBPF = 51  # of Linux; Python has no name for it
 _REASON_CHARACTERS = 300
 _NOT_JSON = "The body is not valid JSON."
 _ROW_KEYS = frozenset({"inputs", "instances"})
@@ -278,27 +286,84 @@ def _answer_defect(_: Request, exc: Exception) -> Response:
     return _json(orjson.dumps(error.to_dict()), error.spec.http_status)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, is_fixed: bool = False) -> socket.socket:
     """A listening socket on `port`, or on any free one when it is taken.
 
+    A fixed port may be that of another such service on this node, which this one is to replace.
+
     Raises:
-        FlopsError: ``config_invalid`` when `host` is not this machine's.
+        FlopsError: ``port_occupied`` when a fixed port is taken by anything else; ``config_invalid`` when
+            `host` is not this machine's.
     """
-    for candidate in (port, 0):
+    for candidate in (port,) if is_fixed else (port, 0):
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if is_fixed:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((host, candidate))
             listener.listen(_BACKLOG)
         except OSError as exc:
             listener.close()
-            if candidate == 0:
+            if is_fixed and exc.errno == errno.EADDRINUSE:
+                raise FlopsError(ErrorCode.PORT_OCCUPIED, f"Port {port} of {host} is taken.") from exc
+            if is_fixed or candidate == 0:
                 raise FlopsError(
                     ErrorCode.CONFIG_INVALID, f"The inference server cannot listen on {host}: {exc.strerror}."
                 ) from exc
         else:
             return listener
     raise AssertionError("the last candidate returns or raises")
+
+
+def take_over(listener: socket.socket) -> None:
+    """Have new connections come to this one of two services that listen on one port.
+
+    Linux deals connections out to all listeners of a port by chance. A program of one instruction, "return
+    1", chooses the second one: this one, as the other came before. When the other is gone, this one is the
+    only one, whatever the program says. Where there is no such option, chance decides until the other ends.
+    """
+    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 1))
+    program = struct.pack("HP", 1, ctypes.addressof(instruction))
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+class Server(uvicorn.Server):
+    """Serves until it is told to end; then it goes on for a moment, for who was about to ask.
+
+    In that moment it closes each connection with its answer: a client that keeps its connections asks the
+    service that has replaced this one next.
+
+    Args:
+        app: what answers.
+        linger_s: how long the moment is.
+    """
+
+    def __init__(self, app: Starlette, linger_s: float) -> None:
+        self._app = app
+        self._linger_s = linger_s
+        config = uvicorn.Config(
+            self._answer,
+            interface="asgi3",  # it does not see that a method is a coroutine function
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=_ANSWERS_S,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, a moment later."""
+        await asyncio.sleep(self._linger_s)
+        await super().shutdown(sockets)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if self.should_exit and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, receive, send_and_close)
 
 
 @contextmanager
@@ -327,18 +392,20 @@ def main(context: ActorContext, events: EventLog) -> None:
     """Load the model, listen, tell where, and serve until SIGTERM.
 
     Raises:
-        FlopsError: ``model_unloadable``, ``config_invalid``.
+        FlopsError: ``model_unloadable``, ``config_invalid``, ``port_occupied``.
     """
     events.tell("progress", message="Loading the model.")
     with load_deadline(events, LOAD_TIMEOUT_S):
         model = Model(Path(context.repo_dir), tells_why=context.disclosure != Disclosure.NONE)
-    listener = listen(context.host, int(context.config.get("port", 8080)))
+    is_fixed = bool(context.config.get("is_port_fixed", False))
+    listener = listen(context.host, int(context.config.get("port", 8080)), is_fixed=is_fixed)
+    if is_fixed:
+        take_over(listener)
     host = f"[{context.host}]" if ":" in context.host else context.host
     address = f"{host}:{listener.getsockname()[1]}"
     app = application(model, context, lambda: events.tell("listening", address=address))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends in peace, then raises the signal once more
-    config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(app, _LINGER_S if is_fixed else 0.0).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ from flops.core.cluster import (
 from flops.core.ids import EnvironmentKey, NodeId, ProjectId, ServiceId
 from flops.core.project import Environment, Participant, Project, Round, TrainedModel
 from flops.core.sla import ProjectSla, parse_project_sla
+from flops.deployment_ports import ManagerStore
 from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
-from flops.ports import Blobs, ProjectStore
+from flops.ports import Blobs
+from flops.testing.linked_orchestrator import LinkedOrchestrator
 from flops.tracker_port import Tracker
 
 REPO_URL = "https://git.example/mnist"
@@ -98,15 +100,17 @@ class PlayedCluster:
         store: what survives; a new one on memory when None.
         tracker: of the engine.
         blobs: bundles and locks; in memory when None.
+        orchestrator: the cluster; one in memory when None.
         nodes_obey: see `MemoryOrchestrator`.
     """
 
     def __init__(
         self,
         *,
-        store: ProjectStore | None = None,
+        store: ManagerStore | None = None,
         tracker: Tracker | None = None,
         blobs: Blobs | None = None,
+        orchestrator: LinkedOrchestrator | None = None,
         nodes_obey: bool = True,
         **options: Any,
     ) -> None:
@@ -115,7 +119,7 @@ class PlayedCluster:
         self.blobs: Blobs = blobs if blobs is not None else MemoryBlobs()
         self.repos = MemoryRepos(self.blobs)
         self.repos.add(REPO_URL, b"tree")
-        self.orchestrator = MemoryOrchestrator(self.clock, nodes_obey=nodes_obey)
+        self.orchestrator = orchestrator or MemoryOrchestrator(self.clock, nodes_obey=nodes_obey)
         self.tracker = tracker
         self.options = EngineOptions(
             **{"tracking_uri": "http://mlflow.example", "secret": b"secret", **options}
@@ -221,14 +225,14 @@ class PlayedCluster:
                 aggregator, "round_completed", rounds=rounds, record=record.model_dump(mode="json")
             )
 
-    def finish_training(self, project_id: ProjectId) -> None:
-        """Play the aggregator's end."""
+    def finish_training(self, project_id: ProjectId, version: str = "1") -> None:
+        """Play the aggregator's end; it registers the model as this version."""
         model = TrainedModel(
             experiment_id="1",
             run_id="run",
             model_uri="models:/m/1",
-            name=f"flops-{project_id}",
-            version="1",
+            name=self.engine.get(project_id).sla.model_name or f"flops-{project_id}",
+            version=version,
             round=3,
             accuracy=0.73,
             loss=0.33,

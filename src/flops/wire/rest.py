@@ -17,6 +17,10 @@
 | DELETE /api/flops/nodes/{name or id}?force=false | | `Message` |
 | GET /api/flops/services | | `ServiceList` |
 | GET /api/flops/models | | `ModelList` |
+| GET /api/flops/models/{name}/deployment | | `Deployment` |
+| POST /api/flops/models/{name}/deployment | `DeployRequest`, optional | `Deployment` |
+| POST /api/flops/models/{name}/deployment/rollback | | `Deployment` |
+| DELETE /api/flops/models/{name}/deployment | | `Deployment` |
 | GET /api/flops/tracking | `{"customerID"}` as body or query, optional | `TrackingServer` |
 | DELETE /api/flops/database | | `Message` |
 | DELETE /api/flops/registry | | `Message` |
@@ -28,13 +32,13 @@ documentation need ``Authorization: Bearer <admin token>``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from flops.core.cluster import Service
 from flops.core.health import ExaminedNode
-from flops.core.model import Value
+from flops.core.model import StrictValue, Value
 from flops.core.project import MockData, Project
 
 
@@ -144,13 +148,24 @@ class Model(Value):
     run_id: str
     model_uri: str
     tracking_url: str = ""
-    inference_url: str = ""
+    inference_url: str = ""  # of its project's own service
+    deployment: str = ""  # the deployment's state, when it is this version that is deployed
+    deployment_url: str = ""
+    deployment_node: str = ""
 
 
 class ModelList(Value):
     """Trained models, newest first."""
 
     models: tuple[Model, ...]
+
+
+class DeployRequest(StrictValue):
+    """What of a model to deploy, and where; what is not said stays as it is, or is chosen."""
+
+    version: str | None = None
+    node: Annotated[str, Field(min_length=1)] | None = None
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
 
 
 class TrackingServer(Value):

@@ -27,6 +27,7 @@ class AggregatorConfig(Value):
     min_evaluate_clients: int
     strategy: Strategy = Strategy()
     round_timeout_s: float = 3600.0
+    load_timeout_s: float = 600.0  # of its learners
     target_metric: TargetMetric | None = None
     early_stopping: EarlyStopping | None = None
     seed: int | None = None
@@ -46,6 +47,7 @@ class LearnerConfig(Value):
     part: int = 0  # this learner's part of the node's data, 0 <= part < parts
     parts: int = 1
     seed: int | None = None
+    load_timeout_s: float = 600.0  # longest loading of code and data without a new row
 
 
 class InferenceConfig(Value):
@@ -55,6 +57,7 @@ class InferenceConfig(Value):
     model_name: str
     model_version: str
     port: int = 8080  # the first one tried; any free port when it is taken
+    is_port_fixed: bool = False  # no other port; shared with the service that it is to replace
 
 
 class MockProviderConfig(Value):

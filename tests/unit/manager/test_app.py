@@ -37,6 +37,10 @@ ENDPOINTS = [
     ("DELETE", f"{API}/nodes/nothing"),
     ("GET", f"{API}/services"),
     ("GET", f"{API}/models"),
+    ("GET", f"{API}/models/nothing/deployment"),
+    ("POST", f"{API}/models/nothing/deployment"),
+    ("POST", f"{API}/models/nothing/deployment/rollback"),
+    ("DELETE", f"{API}/models/nothing/deployment"),
     ("GET", f"{API}/tracking"),
     ("DELETE", f"{API}/database"),
     ("DELETE", f"{API}/registry"),
@@ -149,7 +153,7 @@ def test_the_endpoints_are_those_of_the_description(api: Api) -> None:
             for method in operations
         }
         assert described == {("GET", "/")} | {
-            (method, path.replace("nothing", "{name}" if "nodes" in path else "{project_id}"))
+            (method, path.replace("nothing", "{project_id}" if "projects" in path else "{name}"))
             for method, path in ENDPOINTS
         }
     schemas = document["components"]["schemas"]
