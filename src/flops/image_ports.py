@@ -95,10 +95,11 @@ class ImageRecipe:
 
     Args:
         platforms: what it is made for.
-        lock: dependencies, as `flops.ports.Environments.lock` writes them; "" for none.
+        lock: dependencies, as `flops.ports.Environments.lock` writes them, for ``/opt/env``; "" for none.
         files: content by the path in the image, such as ``app/learner.py``.
         folders: folders of this machine by the path in the image; all of each is taken, but bytecode.
         run: what a container of it does.
+        environments: locks of further environments by their path in the image, such as ``/opt/model``.
     """
 
     platforms: tuple[Platform, ...]
@@ -106,6 +107,7 @@ class ImageRecipe:
     files: Mapping[str, bytes] = field(default_factory=dict)
     folders: Mapping[str, Path] = field(default_factory=dict)
     run: ImageRun = field(default_factory=ImageRun)
+    environments: Mapping[str, str] = field(default_factory=dict)
 
 
 class BaseImages(Protocol):

@@ -7,12 +7,12 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from flops.adapters.images.bytecode import compile_modules
-from flops.adapters.images.dependency_layer import ENVIRONMENT, dependency_layer
+from flops.adapters.images.dependency_layer import ENVIRONMENT, Locked, dependency_layer
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.uv_program import UvProgram
@@ -82,15 +82,18 @@ class OciAssembler:
     def _image(self, recipe: ImageRecipe, platform: Platform, report: Report) -> Descriptor:
         base = self._bases.base(platform, self._blobs, report)
         layers = list(base.layers)
-        if recipe.lock:
-            _check_python(recipe.lock, base)
+        locks = {**({ENVIRONMENT: recipe.lock} if recipe.lock else {}), **recipe.environments}
+        for path, lock in locks.items():
+            _check_python(lock, base)
             layers.append(
-                dependency_layer(self._cache, self._uv, base, recipe.lock, self._build_timeout_s, report)
+                dependency_layer(
+                    self._cache, self._uv, base, Locked(path, lock), self._build_timeout_s, report
+                )
             )
         layers.append(self._code_layer(recipe, base.python, report))
         run = recipe.run.model_copy(
             update={
-                "env": {**_environment(base, has_dependencies=bool(recipe.lock)), **recipe.run.env},
+                "env": {**_environment(base, locks), **recipe.run.env},
                 "labels": {PYTHON_LABEL: base.python, **recipe.run.labels},
             }
         )
@@ -139,11 +142,11 @@ def _check_python(lock: str, base: BaseImage) -> None:
         )
 
 
-def _environment(base: BaseImage, *, has_dependencies: bool) -> dict[str, str]:
+def _environment(base: BaseImage, environments: Iterable[str]) -> dict[str, str]:
     path = base.env.get("PATH", "/usr/local/bin:/usr/bin:/bin")
     return {
         **base.env,
-        "PATH": f"{ENVIRONMENT}/bin:{path}" if has_dependencies else path,
+        "PATH": ":".join([*(f"{environment}/bin" for environment in environments), path]),
         "PYTHONDONTWRITEBYTECODE": "1",  # its files cannot be written, and have it already
         "PYTHONUNBUFFERED": "1",
         "HOME": "/tmp",  # noqa: S108 (of the container; the one place it may write to)

@@ -1,4 +1,4 @@
-"""The layer of an image's dependencies: a virtual environment at ``/opt/env``, made by uv from wheels alone.
+"""A layer of dependencies: a virtual environment such as ``/opt/env``, made by uv from wheels alone.
 
 No code of any package is run, so a layer can be made for a platform that this machine is not. What uv writes
 about this machine and this moment is left out.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from flops.adapters.images.bytecode import compile_modules
 from flops.adapters.images.layer_cache import LayerCache, key_of
@@ -26,10 +27,22 @@ _OF_THIS_MACHINE = ("uv_cache.json", "direct_url.json")
 _WITH_NOTES_OF_IT = re.compile(r"(?:bin/|[^/]+\.dist-info/(?:uv_cache|direct_url)\.json).*\n")
 
 
+class Locked(NamedTuple):
+    """A lock, and where its environment is in the image."""
+
+    path: str
+    lock: str
+
+
 def dependency_layer(
-    cache: LayerCache, uv: UvProgram, base: BaseImage, lock: str, timeout_s: float, report: Report
+    cache: LayerCache,
+    uv: UvProgram,
+    base: BaseImage,
+    locked: Locked,
+    timeout_s: float,
+    report: Report,
 ) -> Layer:
-    """The layer of a lock for a base, from the cache if it is there.
+    """The layer of a lock at a path for a base, from the cache if it is there.
 
     A newer base with the same Python keeps it: wheels ask for no more of a system than its libc.
 
@@ -37,13 +50,14 @@ def dependency_layer(
         FlopsError: ``dependencies_unresolvable``, ``image_build_failed``, ``unreachable``, ``timeout``,
             ``disk_full``.
     """
+    path, lock = locked
     count = len(locked_versions(lock))
     what = f"The layer of {count} packages for {base.platform}"
 
     def make(notes: Path, descriptor: int) -> Layer:
         report(f"{what} is being made.")
         root = notes / "root"
-        environment = root / ENVIRONMENT[1:]
+        environment = root / path[1:]
         site = environment / "lib" / f"python{base.python}" / "site-packages"
         try:
             site.mkdir(parents=True)
@@ -59,7 +73,7 @@ def dependency_layer(
             _make_environment(environment, base)
         except OSError as exc:
             raise file_error(exc, root) from exc
-        return pack_layer(root, cache.blobs, f"{count} packages in {ENVIRONMENT}")
+        return pack_layer(root, cache.blobs, f"{count} packages in {path}")
 
     def _install(notes: Path, site: Path, descriptor: int) -> None:
         file = notes / "lock.txt"
@@ -88,7 +102,7 @@ def dependency_layer(
                 raise FlopsError(ErrorCode.IMAGE_BUILD_FAILED, error.message, details=error.details)
             raise error
 
-    key = key_of("dependencies", lock, base.platform, base.python, base.interpreter, _LIBC)
+    key = key_of("dependencies", path, lock, base.platform, base.python, base.interpreter, _LIBC)
     return cache.layer(key, what, make, report)
 
 

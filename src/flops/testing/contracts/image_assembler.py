@@ -107,6 +107,20 @@ class ImageAssemblerContract:
             assert first[platform].layers[-1] != second[platform].layers[-1]
         assert first[Platform.AMD64].layers[-1] == first[Platform.ARM64].layers[-1]
 
+    def test_an_image_can_have_several_environments(
+        self, assembler: ImageAssembler, blobs: ImageBlobs, lock: str, tmp_path: Path
+    ) -> None:
+        recipe = ImageRecipe((Platform.AMD64,), lock, environments={"/opt/model": lock})
+        image = images_of(blobs, assembler.assemble(recipe, _ignore))[Platform.AMD64]
+        for layer in image.layers:
+            unpack_layer(blobs, layer, tmp_path)
+        for environment in ("env", "model"):
+            assert list(tmp_path.glob(f"opt/{environment}/lib/python3.*/site-packages/pure/__init__.py"))
+        path = next(
+            e for e in json.loads(blobs.get(image.config.digest))["config"]["Env"] if e[:5] == "PATH="
+        )
+        assert path.startswith("PATH=/opt/env/bin:/opt/model/bin:")
+
     def test_the_same_recipe_is_the_same_image(self, assembler: ImageAssembler, lock: str) -> None:
         recipe = ImageRecipe((Platform.AMD64,), lock, {"app/code.py": b"x = 1\n"}, run=RUN)
         assert assembler.assemble(recipe, _ignore) == assembler.assemble(recipe, _ignore)
