@@ -195,13 +195,16 @@ class ServiceRunner:
         Raises:
             FlopsError: ``disk_full`` when it was ended for what it wrote; a new start would write it again.
         """
-        while not self._is_asked_to_stop.wait(WATCH_INTERVAL_S):
-            status = self._runtime.status(self.spec.id)
-            ended = status if status is not None and status.state.is_final else None
-            if ended is None or ended.state is ServiceState.FAILED:
-                self._guard_disk(has_failed=ended is not None)
-            if ended is not None:
-                return ended
+        try:
+            while not self._is_asked_to_stop.wait(WATCH_INTERVAL_S):
+                status = self._runtime.status(self.spec.id)
+                ended = status if status is not None and status.state.is_final else None
+                if ended is None or ended.state is ServiceState.FAILED:
+                    self._guard_disk(has_failed=ended is not None)
+                if ended is not None:
+                    return ended
+        finally:
+            self._disk.forget(self.spec.id)
         return None
 
     def _guard_disk(self, *, has_failed: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -146,8 +146,7 @@ class Session:
     def report(self) -> None:
         """Send what has changed, and a heartbeat when it is time."""
         statuses = self._supervisor.statuses()
-        for service_id in [i for i in self._readers if i not in statuses]:
-            del self._readers[service_id]
+        self._forget_all_but(statuses)
         for service_id, status in statuses.items():
             self._send_events(service_id, status)
             told = self._as_told(status)
@@ -159,6 +158,11 @@ class Session:
         if is_changed or now_s - self._heartbeat_at_s >= HEARTBEAT_INTERVAL_S:
             self._heartbeat_at_s = now_s
             self._send_heartbeat()
+
+    def _forget_all_but(self, services: Container[str]) -> None:
+        self._readers = {i: reader for i, reader in self._readers.items() if i in services}
+        self._told = {i: status for i, status in self._told.items() if i in services}
+        self._acknowledged = {i: line for i, line in self._acknowledged.items() if i in services}
 
     def say_goodbye(self, *, timeout_s: float) -> None:
         """Tell that the node stops, after its last events and states; gives up after `timeout_s`."""

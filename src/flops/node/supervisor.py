@@ -199,7 +199,9 @@ class Supervisor:
         measured_at_s, usage = self._usages.get(service_id, (-_USAGE_FRESH_S, ServiceUsage()))
         if now_s - measured_at_s >= _USAGE_FRESH_S:
             usage = self._runtime.usage(service_id)
-            self._usages[service_id] = (now_s, usage)
+            with self._lock:
+                if service_id in self._runners:  # not removed meanwhile
+                    self._usages[service_id] = (now_s, usage)
         return usage
 
     def events_file(self, service_id: ServiceId) -> Path:

@@ -33,6 +33,7 @@ from flops.node.preparation import NodeSite, Preparer
 from flops.node.session import NodeView, Session
 from flops.node.supervisor import Supervisor
 from flops.testing import waiting
+from flops.testing.growth import elements
 from flops.wire.node import (
     Acknowledged,
     ActorEventReport,
@@ -363,6 +364,26 @@ def test_remove_removes(world: World) -> None:
     world.supervisor.join()
     assert world.runtime.statuses == {}
     assert list((world.home / "services").iterdir()) == []
+
+
+def test_nothing_is_remembered_of_services_that_were_removed(world: World) -> None:
+    world.open()
+    for number in range(20):
+        name = ServiceId(f"builder-{number}")
+        world.order(StartService(spec=spec(name)))
+        until(lambda: bool(world.runtime.running()))
+        world.session.report()
+        world.supervisor.statuses(with_usage=True)
+        world.order(RemoveService(service_id=name))
+        world.supervisor.join()
+    world.order()
+    world.supervisor.digests_in_use()
+    assert world.runtime.statuses == {}
+    held = elements(world.session, world.supervisor)
+    known = {"Session._told", "Session._readers", "Session._acknowledged", "Supervisor._runners"}
+    assert known | {"Supervisor._removals", "Supervisor._usages", "DiskGuard._sizes"} <= held.keys()
+    grown = {name for name, count in held.items() if count >= 20}
+    assert {name.partition("[")[0] for name in grown} <= {"PlayedConnection.said"}
 
 
 def test_a_service_that_waits_is_stopped_at_once(world: World) -> None:
