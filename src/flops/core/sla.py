@@ -24,6 +24,7 @@ class ModelFlavor(StrEnum):
     PYTORCH = "pytorch"
     TENSORFLOW = "tensorflow"
     KERAS = "keras"
+    XGBOOST = "xgboost"
 
 
 class Platform(StrEnum):
@@ -60,6 +61,7 @@ class StrategyName(StrEnum):
     FED_TRIMMED_AVG = "FedTrimmedAvg"
     KRUM = "Krum"
     QFED_AVG = "QFedAvg"
+    FED_XGB_BAGGING = "FedXgbBagging"
 
 
 class Strategy(StrictValue):
@@ -139,6 +141,18 @@ class ProjectSla(StrictValue):
     training_configuration: TrainingConfiguration
     post_training_steps: tuple[PostTrainingStep, ...] = ()
     resource_constraints: ResourceConstraints = ResourceConstraints()
+
+    @model_validator(mode="after")
+    def _strategy_fits_flavor(self) -> ProjectSla:
+        bags_trees = self.training_configuration.strategy.name is StrategyName.FED_XGB_BAGGING
+        if self.ml_model_flavor is ModelFlavor.XGBOOST and not bags_trees:
+            raise ValueError(
+                "ml_model_flavor xgboost needs training_configuration.strategy.name FedXgbBagging: "
+                "the bytes of trees have no mean"
+            )
+        if bags_trees and self.ml_model_flavor is not ModelFlavor.XGBOOST:
+            raise ValueError("the strategy FedXgbBagging is for ml_model_flavor xgboost only")
+        return self
 
     @model_validator(mode="after")
     def _deploy_needs_build(self) -> ProjectSla:

@@ -46,6 +46,7 @@ STRATEGY_PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     "FedTrimmedAvg": {"beta": Parameter(low=0, high=0.5, is_high_open=True)},
     "Krum": {"num_malicious_nodes": Parameter(low=0, is_whole=True)},
     "QFedAvg": {"client_learning_rate": Parameter(low=0, is_low_open=True, is_required=True), "q": _RATE},
+    "FedXgbBagging": {},
 }
 
 

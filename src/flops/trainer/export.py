@@ -33,17 +33,19 @@ from flops.trainer.ml_repo import MLRepo, read_parameters
 
 Array = npt.NDArray[Any]
 
-_MODEL_CLASSES = {  # flavor: module and name of the class its models are of, and what people call them
-    "sklearn": ("sklearn.base", "BaseEstimator", "a scikit-learn estimator"),
-    "pytorch": ("torch.nn", "Module", "a torch.nn.Module"),
-    "keras": ("keras", "Model", "a keras.Model"),
-    "tensorflow": ("keras", "Model", "a Keras model"),
+_MODEL_CLASSES = {  # flavor: module and names of the classes its models are of, and what people call them
+    "sklearn": ("sklearn.base", ("BaseEstimator",), "a scikit-learn estimator"),
+    "pytorch": ("torch.nn", ("Module",), "a torch.nn.Module"),
+    "keras": ("keras", ("Model",), "a keras.Model"),
+    "tensorflow": ("keras", ("Model",), "a Keras model"),
+    "xgboost": ("xgboost", ("Booster", "XGBModel"), "an xgboost.Booster or one of XGBoost's estimators"),
 }
 _REQUIREMENTS = {  # what a flavor's models need, beside what the repository imports
     "sklearn": ("scikit-learn", "scipy", "numpy", "pandas", "cloudpickle", "skops"),
     "pytorch": ("torch", "numpy", "pandas", "cloudpickle"),
     "keras": ("keras", "tensorflow", "tensorflow-cpu", "torch", "jax", "numpy", "pandas"),
     "tensorflow": ("tensorflow", "tensorflow-cpu", "keras", "numpy", "pandas", "cloudpickle"),
+    "xgboost": ("xgboost", "scikit-learn", "numpy", "pandas"),
 }
 _OURS = frozenset({"flops", "flops_utils"})
 _OTHER_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "PyYAML", "cv2": "opencv-python"}
@@ -80,7 +82,7 @@ def load_repository(context: ActorContext) -> MLRepo:
     """
     repo = MLRepo(Path(context.repo_dir), node=context.node_name)
     flavor = str(context.config["flavor"])
-    _class_of(flavor)
+    _classes_of(flavor)
     importlib.import_module(f"mlflow.{flavor}")
     return repo
 
@@ -127,6 +129,9 @@ def _save(model: Any, flavor: str, path: Path, repo: Path, signature: Any) -> No
         except exceptions.MlflowException:
             shutil.rmtree(path, ignore_errors=True)
         library.save_model(model, path, serialization_format="cloudpickle", **arguments)
+    elif flavor == "xgboost":
+        # The text form: other versions of XGBoost read it, and it has no code of the repository.
+        library.save_model(model, path, model_format="json", **arguments | {"code_paths": None})
     elif flavor == "pytorch":
         # The traced format would need an example and fixes the shapes it was traced with.
         library.save_model(model, path, serialization_format="pickle", **arguments)
@@ -153,23 +158,23 @@ def _own_keras_classes(model: Any, repo: Path) -> dict[str, type]:
     return found
 
 
-def _class_of(flavor: str) -> type:
+def _classes_of(flavor: str) -> tuple[type, ...]:
     if flavor not in _MODEL_CLASSES:
         raise FlopsError(ErrorCode.MODEL_EXPORT_FAILED, f"The flavor {flavor!r} is not supported.")
-    module, name, _ = _MODEL_CLASSES[flavor]
+    module, names, _ = _MODEL_CLASSES[flavor]
     try:
-        found: type = getattr(importlib.import_module(module), name)
+        library = importlib.import_module(module)
     except ImportError as exc:
         raise FlopsError(
             ErrorCode.MODEL_EXPORT_FAILED,
             f"The flavor is {flavor!r}, but the environment does not have its library: {exc}.",
             hint="Name the library in the repository's dependency file, or correct ml_model_flavor.",
         ) from exc
-    return found
+    return tuple(getattr(library, name) for name in names)
 
 
 def _check(model: Any, flavor: str) -> None:
-    if not isinstance(model, _class_of(flavor)):
+    if not isinstance(model, _classes_of(flavor)):
         raise FlopsError(
             ErrorCode.MODEL_EXPORT_FAILED,
             f"ModelManager.get_model() returned a {type(model).__module__}.{type(model).__qualname__}, "
@@ -216,6 +221,8 @@ def _predict(model: Any, flavor: str, example: Any) -> Any:
         model.eval()
         with torch.no_grad():
             return model(torch.as_tensor(np.asarray(example))).numpy()
+    if flavor == "xgboost" and type(model).__name__ == "Booster":
+        return model.predict(importlib.import_module("xgboost").DMatrix(example))
     return np.asarray(model.predict(example))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from flwr.app import Message as FlowerMessage
 
 from flops.core.project import Participant, Round
@@ -112,12 +111,18 @@ class RoundRunner:
         phase = self._collect(
             _Phase(TRAIN, number, self._config.min_fit_clients),
             lambda: self._strategy.configure_train(number, parameters, self._grid),
-            lambda answer: _problem_of_training(answer, parameters),
+            lambda reply: self._problem_of(reply, parameters),
         )
         # In a fixed order: sums of floating point numbers depend on it.
         replies = [_train_reply(phase.answers[name]) for name in sorted(phase.answers)]
         aggregated = self._strategy.aggregate_train(number, replies)
         return aggregated, _told_by(phase), tuple(sorted(set(phase.parts) - set(phase.answers)))
+
+    def _problem_of(self, reply: Message, parameters: Sequence[Array]) -> str | None:
+        """Why a learner's training result cannot be aggregated; None when it can."""
+        if int(reply.header["rows"]) <= 0:
+            return "it trained on no row"
+        return self._strategy.problem_with(reply.arrays, parameters)
 
     def _collect(
         self,
@@ -204,20 +209,6 @@ class RoundRunner:
                 self._tell(
                     f"Round {phase.number}, {phase.name}: without {part.learner}, {describe_part(part)}."
                 )
-
-
-def _problem_of_training(reply: Message, parameters: Sequence[Array]) -> str | None:
-    """Why a learner's training result cannot be aggregated; None when it can."""
-    if int(reply.header["rows"]) <= 0:
-        return "it trained on no row"
-    if len(reply.arrays) != len(parameters):
-        return f"it returned {len(reply.arrays)} arrays, the model has {len(parameters)}"
-    for index, (array, expected) in enumerate(zip(reply.arrays, parameters, strict=True)):
-        if array.shape != expected.shape:
-            return f"its array {index} has the shape {array.shape}, the model's has {expected.shape}"
-        if not np.isfinite(array).all():
-            return f"its array {index} has values that are NaN or infinite"
-    return None
 
 
 def _told_by(phase: _Phase) -> _Told:

@@ -15,6 +15,7 @@ from flops.core.sla import Strategy, StrategyName
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.grid import FlightGrid, as_floats
 from flops.trainer.learner import MEASURE_LOSS
+from flops.trainer.tree_bagging import TreeBagging, problem_with_trees
 from flops.wire.training import Array
 
 _CLASSES: Mapping[StrategyName, type[flower.FedAvg]] = {
@@ -28,6 +29,7 @@ _CLASSES: Mapping[StrategyName, type[flower.FedAvg]] = {
     StrategyName.FED_TRIMMED_AVG: flower.FedTrimmedAvg,
     StrategyName.KRUM: flower.Krum,
     StrategyName.QFED_AVG: flower.QFedAvg,
+    StrategyName.FED_XGB_BAGGING: TreeBagging,
 }
 _FLOWERS = (AggregationError, InconsistentMessageReplies, ArithmeticError, TypeError, ValueError)
 _WHOLE = frozenset({"num_malicious_nodes"})
@@ -64,6 +66,13 @@ class RoundStrategy:
         if asked.name is StrategyName.QFED_AVG:
             self._train_config[MEASURE_LOSS] = True
         self._dtypes: list[np.dtype[Any]] = []
+        self._find_problem = (
+            problem_with_trees if asked.name is StrategyName.FED_XGB_BAGGING else _problem_with_arrays
+        )
+
+    def problem_with(self, arrays: Sequence[Array], parameters: Sequence[Array]) -> str | None:
+        """Why what a learner made of the parameters cannot be aggregated; None when it can."""
+        return self._find_problem(arrays, parameters)
 
     def configure_train(
         self, number: int, parameters: Sequence[Array], grid: FlightGrid
@@ -143,6 +152,17 @@ class RoundStrategy:
             f"{name} failed in round {number}: {why}.",
             details={"round": number},
         )
+
+
+def _problem_with_arrays(arrays: Sequence[Array], parameters: Sequence[Array]) -> str | None:
+    if len(arrays) != len(parameters):
+        return f"it returned {len(arrays)} arrays, the model has {len(parameters)}"
+    for index, (array, expected) in enumerate(zip(arrays, parameters, strict=True)):
+        if array.shape != expected.shape:
+            return f"its array {index} has the shape {array.shape}, the model's has {expected.shape}"
+        if not np.isfinite(array).all():
+            return f"its array {index} has values that are NaN or infinite"
+    return None
 
 
 def _to_dtype(array: Array, dtype: np.dtype[Any]) -> Array:

@@ -62,3 +62,13 @@ def test_wrong_values_are_named(path: str, value: object, expected: str) -> None
 def test_mock_sla_needs_a_tag() -> None:
     with pytest.raises(FlopsError, match="data_tag"):
         parse_mock_data_sla({"customerID": "Admin", "mock_data_configuration": {"dataset_name": "mnist"}})
+
+
+def test_boosted_trees_and_their_strategy_need_each_other() -> None:
+    trees = {"ml_model_flavor": "xgboost"}
+    bagging = {**MINIMAL["training_configuration"], "strategy": {"name": "FedXgbBagging"}}
+    parse_project_sla({**MINIMAL, **trees, "training_configuration": bagging})
+    for wrong in (trees, {"training_configuration": bagging}):
+        with pytest.raises(FlopsError, match="FedXgbBagging") as caught:
+            parse_project_sla({**MINIMAL, **wrong})
+        assert caught.value.code is ErrorCode.SLA_INVALID

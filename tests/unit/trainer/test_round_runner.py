@@ -61,7 +61,7 @@ def test_an_answer_that_comes_while_another_is_looked_at_is_not_asked_for_again(
         assert server.wait_until(lambda: len(server.idle()) == 2, PATIENCE_S)
         return is_finite(array)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr("flops.trainer.round_runner.np.isfinite", look)
+    monkeypatch.setattr("flops.trainer.strategy.np.isfinite", look)
     runner = RoundRunner(
         server,
         RoundStrategy(CONFIG.strategy),

@@ -58,8 +58,8 @@ def parameters() -> list[Array]:
     return [np.zeros((2, 3), np.float32), np.array(1.0), np.array([3], np.int64)]
 
 
-@pytest.mark.parametrize("name", [name.value for name in StrategyName])
-def test_every_strategy_keeps_types_and_shapes(grid: FlightGrid, name: str) -> None:
+@pytest.mark.parametrize("name", [n.value for n in StrategyName if n is not StrategyName.FED_XGB_BAGGING])
+def test_every_strategy_of_weights_keeps_types_and_shapes(grid: FlightGrid, name: str) -> None:
     strategy = make(name)
     current = parameters()
     for number in (1, 2, 3):
