@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from flops.cli.control import read_endpoint
+from flops.control.kept_ports import KeptPorts
 from flops.errors import CATALOGUE, ErrorCode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -106,6 +107,32 @@ def test_down_ends_the_frozen_mlflow_server_of_a_killed_control_plane(home: Home
     psutil.wait_procs(family, timeout=5)
     assert not [process for process in family if process.is_running()]
     assert home.run("down").returncode == exit_code(ErrorCode.NOT_RUNNING)
+
+
+def test_free_ports_stay_the_same_after_a_kill(home: Home) -> None:
+    addresses = ("manager_url", "cluster_address", "tracking_url")
+    assert home.run("up", *FREE_PORTS).returncode == 0
+    first = home.endpoint()
+    psutil.Process(int(str(first["pid"]))).kill()
+    again = home.run("up", *FREE_PORTS)
+    assert again.returncode == 0, again.stderr
+    assert [home.endpoint()[key] for key in addresses] == [first[key] for key in addresses]
+    home.run("down")
+    port = int(str(first["cluster_address"]).rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)):
+        occupied = home.run("up", *FREE_PORTS)
+    assert occupied.returncode == exit_code(ErrorCode.PORT_OCCUPIED)
+    assert f"Port {port}" in occupied.stderr
+    assert "another one with --cluster-port." in occupied.stderr
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"manager": "x"}'])
+def test_a_damaged_file_of_ports_keeps_nothing_from_starting(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "ports.json").write_text(damage)
+    ports = KeptPorts(tmp_path)
+    assert ports.wanted("manager", 0) == 0
+    ports.keep({"manager": 7})
+    assert (KeptPorts(tmp_path).wanted("manager", 0), KeptPorts(tmp_path).wanted("manager", 5)) == (7, 5)
 
 
 def test_the_foreground_ends_on_a_signal(home: Home) -> None:

@@ -21,6 +21,7 @@ import psutil
 from flops.adapters.mlflow_server import end_left_over
 from flops.adapters.system_clock import SystemClock
 from flops.cli.output import say
+from flops.control.kept_ports import KeptPorts
 from flops.control.lifetime import ENDPOINT_FILE, LOCK_FILE, STARTUP_ERROR_FILE, TRACKING_FOLDER
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.settings import ControlSettings, inherited_environment
@@ -242,10 +243,11 @@ def _startup_error(settings: ControlSettings, exit_code: int) -> FlopsError:
 
 def _port_hint(settings: ControlSettings, message: str) -> str:
     """Which option of `flops up` moves the port that an error names."""
+    kept = KeptPorts(settings.control_dir)
     ports = {
-        "--manager-port": settings.manager_port,
-        "--cluster-port": settings.cluster_port,
-        "--tracking-port": settings.tracking_port,
+        "--manager-port": kept.wanted("manager", settings.manager_port),
+        "--cluster-port": kept.wanted("cluster", settings.cluster_port),
+        "--tracking-port": kept.wanted("tracking", settings.tracking_port),
     }
     numbers = {int(number) for number in re.findall(r"\d+", message)}
     options = [option for option, port in ports.items() if port and port in numbers] or list(ports)

@@ -17,6 +17,7 @@ from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.sql_store import SqlProjectStore
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_environments import this_platform
+from flops.control.kept_ports import KeptPorts
 from flops.control.lifetime import (
     ADMIN_TOKEN_FILE,
     CLUSTER_FILE,
@@ -55,9 +56,13 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     clock = SystemClock()
     started_at_s = clock.now_s()
     token = keep_token(folder / ADMIN_TOKEN_FILE)
+    ports = KeptPorts(folder)
 
     tracking = MlflowServer(
-        folder / TRACKING_FOLDER, settings.host, settings.tracking_port, inherited_environment()
+        folder / TRACKING_FOLDER,
+        settings.host,
+        ports.wanted("tracking", settings.tracking_port),
+        inherited_environment(),
     )
     tracking.start()
     parts.callback(tracking.stop)
@@ -65,7 +70,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     blobs = FileBlobs(folder / "blobs")
     orchestrator = ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock)
     cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
-    cluster = HttpServer(cluster_app, settings.cluster_host, settings.cluster_port)
+    cluster = HttpServer(cluster_app, settings.cluster_host, ports.wanted("cluster", settings.cluster_port))
     cluster.start()
     parts.callback(cluster.close)
 
@@ -110,7 +115,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         )
 
     app = build_manager_app(engine, token=token, status=status, blobs=blobs)
-    manager = HttpServer(app, settings.host, settings.manager_port)
+    manager = HttpServer(app, settings.host, ports.wanted("manager", settings.manager_port))
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
@@ -119,4 +124,5 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(retention.close)
     retention.start()
     manager.start()
+    ports.keep({"manager": manager.port, "cluster": cluster.port, "tracking": tracking.port})
     return status().model_dump()
