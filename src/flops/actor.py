@@ -93,6 +93,7 @@ class EventLog:
     def __init__(self, work_dir: Path) -> None:
         self._path = work_dir / EVENTS_FILE
         self._lock = threading.Lock()
+        self._has_failed = False
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Append one event; when this returns, a kill of the process cannot lose it."""
@@ -103,6 +104,15 @@ class EventLog:
                 os.write(descriptor, line.encode())
             finally:
                 os.close(descriptor)
+
+    def tell_failure(self, error: FlopsError) -> None:
+        """Tell the reason of the service's end; only the first one is told.
+
+        `run_actor` does it for every failure. A service that takes time to end tells it before.
+        """
+        if not self._has_failed:
+            self._has_failed = True
+            self.tell("failed", error=error.to_dict())
 
 
 def log_failure(error: FlopsError) -> None:
@@ -162,5 +172,5 @@ def run_actor(
         return 0
     log_failure(error)
     told = context.disclosed(error) if has_users_code else error
-    events.tell("failed", error=told.to_dict())
+    events.tell_failure(told)
     return error.spec.exit_code

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flops.errors import ErrorCode
+from flops.errors import CATALOGUE, ErrorCode
+from flops.testing.deployment import free_ports
 from flops.testing.training_stage import AGGREGATOR, PROJECT, TrainingStage
 
 FIT = "self.center += ("
 RAISES = {FIT: f"import time; raise RuntimeError(f'raised at {{time.time():.3f}}')\n        {FIT}"}
+CLOSING_S = 3.0  # how long an aggregator waits for its tracking server at the end
 BOUND_S = 10.0  # for a machine that is busy with other things
 
 
@@ -66,3 +68,18 @@ def test_at_once_when_the_round_cannot_go_on_without_it(stage: TrainingStage, tm
     told = stage.await_event(AGGREGATOR, "learner_failed")
     assert seconds_since_the_raise(told) < BOUND_S
     assert error.details["traceback"] == told["error"]["details"]["traceback"]
+
+
+def test_before_a_run_is_closed_whose_tracking_server_is_away(stage: TrainingStage, tmp_path: Path) -> None:
+    """Closing it takes seconds then; the stop that the failure brings does not interrupt it."""
+    repo = stage.repo(changes=RAISES)
+    (port,) = free_ports(1)
+    config = stage.config(learners=1, tracking_uri=f"http://127.0.0.1:{port}")
+    aggregator = stage.start_aggregator(stage.aggregator_context(config, repo), is_tracking_played=False)
+    stage.start_learner(0, repo, of=1)
+    failed = stage.await_event(AGGREGATOR, "failed")
+    aggregator.terminate()
+    assert aggregator.wait(20) == CATALOGUE[ErrorCode.USER_CODE_FAILED].exit_code
+    told = stage.await_event(AGGREGATOR, "learner_failed")
+    assert failed["time_s"] - told["time_s"] < CLOSING_S
+    assert len(stage.events(AGGREGATOR, "failed")) == 1

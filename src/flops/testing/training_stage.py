@@ -166,17 +166,15 @@ class TrainingStage:
         context.save()
         return context
 
-    def start_aggregator(self, context: ActorContext) -> subprocess.Popen[bytes]:
-        """Start an aggregator as a process that tracks in its own memory."""
-        return self._start(
-            [
-                sys.executable,
-                "-m",
-                "flops.testing.played_aggregator",
-                str(Path(context.work_dir) / "context.json"),
-            ],
-            AGGREGATOR,
+    def start_aggregator(
+        self, context: ActorContext, *, is_tracking_played: bool = True
+    ) -> subprocess.Popen[bytes]:
+        """Start an aggregator as a process: one that tracks in its own memory, or else the real one."""
+        program = (
+            ["flops.testing.played_aggregator"] if is_tracking_played else ["flops.wiring", "aggregator"]
         )
+        context_file = str(Path(context.work_dir) / "context.json")
+        return self._start([sys.executable, "-m", *program, context_file], AGGREGATOR)
 
     def train_in_thread(self, context: ActorContext, *, join_patience_s: float = 20.0) -> TrainingThread:
         """Start an aggregator in a thread of this process, tracking with `self.tracker`."""

@@ -62,13 +62,22 @@ def main(
         FlopsError: why there is no model.
     """
     config = _parse(context)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped project's run is closed, too
+    _on_sigterm(signal.default_int_handler)  # a stopped project's run is closed, too
     training = Training(context, config, events, tracker_factory, environ)
     try:
+    except FlopsError as exc:
+        # The end takes seconds when the tracking server is away. Who is told now asks for the end that comes.
+        _on_sigterm(signal.SIG_IGN)
+        events.tell_failure(exc)
+        raise
         training.run()
     finally:
         training.close()
+
+def _on_sigterm(handler: Callable[..., Any] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
 
 
 class Training:
