@@ -65,12 +65,12 @@ def main(
     _on_sigterm(signal.default_int_handler)  # a stopped project's run is closed, too
     training = Training(context, config, events, tracker_factory, environ)
     try:
+        training.run()
     except FlopsError as exc:
         # The end takes seconds when the tracking server is away. Who is told now asks for the end that comes.
         _on_sigterm(signal.SIG_IGN)
         events.tell_failure(exc)
         raise
-        training.run()
     finally:
         training.close()
 
@@ -283,16 +283,6 @@ class Training:
         tracker.close_run(run.run_id, is_success=True)
         self._events.tell("training_completed", model=model.model_dump(mode="json"))
 
-    def _tell_failure(self, number: int, phase: str, part: Part) -> None:
-        self._events.tell(
-            "learner_failed",
-            learner=part.learner,
-            node=part.node,
-            round=number,
-            phase=phase,
-            error=part.error,
-        )
-
     def _child(
         self, python: str, module: str, arguments: Sequence[str], *, doing: str, code: ErrorCode
     ) -> ModelProcess:
@@ -322,6 +312,16 @@ class Training:
 
     def _tell_round(self, number: int, learners: Sequence[str]) -> None:
         self._events.tell("round_started", round=number, rounds=self._config.rounds, learners=list(learners))
+
+    def _tell_failure(self, number: int, phase: str, part: Part) -> None:
+        self._events.tell(
+            "learner_failed",
+            learner=part.learner,
+            node=part.node,
+            round=number,
+            phase=phase,
+            error=part.error,
+        )
 
     def _tell_join(self, link: Link) -> None:
         self._events.tell("learner_joined", learner=link.learner, node=link.node, rows=link.rows)
