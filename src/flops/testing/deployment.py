@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,33 @@ class Deployment:
     Args:
         home: an empty folder, kept by the caller.
         environ: environment of every process; the current one when None.
+        address: where the control plane listens, and nodes dial it.
     """
 
-    def __init__(self, home: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, environ: Mapping[str, str] | None = None, *, address: str = "127.0.0.1"
+    ) -> None:
         self.home = home
         self._bin = Path(sys.executable).parent
         base = dict(os.environ if environ is None else environ)  # noqa: TID251 (children inherit it)
         self._environ = {**base, "FLOPS_HOME": str(home), "PATH": f"{self._bin}:{base.get('PATH', '')}"}
+        self._environ |= {"FLOPS_HOST": address, "FLOPS_CLUSTER_HOST": address}
+        self._address = address
         self._ports = dict(zip(("manager", "cluster", "tracking"), free_ports(3), strict=True))
         self.nodes: list[str] = []
+        self.prefixes: dict[str, tuple[str, ...]] = {}  # by node: what runs its commands on another machine
 
     @property
     def cluster_port(self) -> int:
         """The port nodes dial."""
         return self._ports["cluster"]
 
-    def run(self, *command: str, exit_code: int | None = 0) -> subprocess.CompletedProcess[str]:
-        """Run a command of ours; `exit_code` is the expected one, None for any."""
+    def run(
+        self, *command: str, exit_code: int | None = 0, prefix: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of ours, after a prefix; `exit_code` is the expected one, None for any."""
         result = subprocess.run(
-            [str(self._bin / command[0]), *command[1:]],
+            [*prefix, str(self._bin / command[0]), *command[1:]],
             env=self._environ,
             cwd=self.home,
             text=True,
@@ -66,7 +74,10 @@ class Deployment:
 
     def node(self, name: str, *arguments: str, exit_code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a `NodeEngine` command of one node."""
-        return self.run("NodeEngine", "--home", str(self.home / name), *arguments, exit_code=exit_code)
+        home = ("--home", str(self.home / name))
+        return self.run(
+            "NodeEngine", *home, *arguments, exit_code=exit_code, prefix=self.prefixes.get(name, ())
+        )
 
     def up(self) -> None:
         """Start the control plane."""
@@ -77,7 +88,7 @@ class Deployment:
         """Prepare a node with addons and start it."""
         for addon in addons:
             self.node(name, "config", "addon", addon, "on")
-        self.node(name, "-a", "127.0.0.1", "-p", str(self.cluster_port), "-d")
+        self.node(name, "-a", self._address, "-p", str(self.cluster_port), "-d")
         if name not in self.nodes:
             self.nodes.append(name)
 
@@ -109,9 +120,9 @@ class Deployment:
 
 
 @contextmanager
-def deployed(home: Path) -> Iterator[Deployment]:
+def deployed(home: Path, *, address: str = "127.0.0.1") -> Iterator[Deployment]:
     """A deployment that is stopped at the end, whatever happens."""
-    deployment = Deployment(home)
+    deployment = Deployment(home, address=address)
     try:
         yield deployment
     finally:
