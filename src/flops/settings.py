@@ -61,6 +61,9 @@ class ControlSettings(Settings):
     cluster_port: int = Field(10_100, ge=0, le=65_535, description="port that NodeEngines dial")
     tracking_port: int = Field(7027, ge=0, le=65_535, description="port of the MLflow server and its GUI")
     inference_port: int = Field(8080, ge=1, le=65_535, description="first port tried by inference services")
+    load_timeout_s: int = Field(
+        600, ge=1, description="longest loading of a learner's code and data without a new row, in seconds"
+    )
     max_blob_mb: int = Field(16_384, ge=1, description="largest repository, lock or model taken in, in MiB")
     keep_logs_projects: int = Field(200, ge=0, description="of how many ended projects output is kept")
     keep_logs_days: float = Field(30.0, ge=0, description="how many days it is kept after a project's end")

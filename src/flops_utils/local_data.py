@@ -33,6 +33,7 @@ class DataSource:
 class _Holder:
     source: DataSource | None = None
     rows_loaded: int = 0
+    rows_arrived: int = 0
 
 
 def use_source(source: DataSource | None) -> None:
@@ -49,6 +50,16 @@ def current_source() -> DataSource | None:
 def note_rows(rows: int) -> None:
     """Remember how many rows were loaded last."""
     _Holder.rows_loaded = rows
+
+
+def note_arrival(rows: int) -> None:
+    """Count rows that have come from the ML data server."""
+    _Holder.rows_arrived += rows
+
+
+def rows_arrived() -> int:
+    """How many rows have come from the ML data server so far."""
+    return _Holder.rows_arrived
 
 
 def rows_loaded() -> int:

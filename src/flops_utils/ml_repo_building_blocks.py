@@ -5,6 +5,7 @@ Both functions take no arguments and work inside a learner only. The data never 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import DIRECTLY, Query, bearer, parse_error, ticket_for
-from flops_utils.local_data import DataSource, current_source, note_rows
+from flops_utils.local_data import DataSource, current_source, note_arrival, note_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +79,15 @@ def _read(source: DataSource) -> pa.Table:
     query = Query(source.data_tags, source.part, source.parts)
     with flight.FlightClient(f"grpc://{source.address}", generic_options=DIRECTLY) as client:
         options = flight.FlightCallOptions(headers=[bearer(source.token)])
-        return client.do_get(flight.Ticket(ticket_for(query)), options).read_all()
+        batches = client.do_get(flight.Ticket(ticket_for(query)), options).to_reader()
+        return pa.Table.from_batches(_counted(batches), schema=batches.schema)
+
+
+def _counted(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches as they come; each shows that the loading goes on."""
+    for batch in batches:
+        note_arrival(batch.num_rows)
+        yield batch
 
 
 def _stranger(source: DataSource) -> FlopsError:

@@ -24,6 +24,7 @@ KIT_MODULES = (
     "flops.wire.flight",
     "flops.trainer",
     "flops.trainer.learner",
+    "flops.trainer.loading",
     "flops.trainer.ml_repo",
     "flops.trainer.model_host",
     "flops.trainer.export",

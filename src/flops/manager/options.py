@@ -13,6 +13,7 @@ class EngineOptions:
         tracking_uri: base URL of the MLflow server, for aggregators.
         secret: kept by the control plane over restarts; the tokens of learners are derived from it.
         inference_port: first port an inference service tries.
+        load_timeout_s: how long a learner may load without a new row.
         retry_for_s: how long an effect is repeated that fails for a reason that may pass.
         reconnect_grace_s: how long placement waits for nodes that may only be about to reconnect.
         workers: effects that run at the same time.
@@ -21,6 +22,7 @@ class EngineOptions:
     tracking_uri: str
     secret: bytes
     inference_port: int = 8080
+    load_timeout_s: float = 600.0
     retry_for_s: float = 60.0
     reconnect_grace_s: float = 10.0
     workers: int = 8

@@ -9,7 +9,10 @@ This module is part of the actor kit: it imports the standard library, numpy and
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +25,8 @@ from pyarrow import flight
 
 from flops.actor import ActorContext, EventLog, log_failure, run_actor
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.ml_repo import MLRepo
+from flops.trainer.loading import heartbeats
+from flops.trainer.ml_repo import MLRepo, describe_thread
 from flops.wire.flight import DIRECTLY, bearer
 from flops.wire.training import (
     DESCRIPTOR,
@@ -86,8 +90,11 @@ def main(context: ActorContext, events: EventLog) -> None:
     """
     config = context.config
     dial = _Dial(config["aggregator"], config["learner_token"], context.service_id, context.node_name)
+    patience_s = float(config["load_timeout_s"])
+    give_up = functools.partial(_give_up, dial, context, events, threading.get_ident())
     try:
-        repo, rows = _load(context, events)
+        with heartbeats(functools.partial(dial.connect, {"is_loading": True}), patience_s, give_up):
+            repo, rows = _load(context, events)
     except FlopsError as exc:
         _tell_failure(dial, context.disclosed(exc))
         raise
@@ -130,6 +137,26 @@ def _load(context: ActorContext, events: EventLog) -> tuple[MLRepo, int]:
         context.node_name,
     )
     return repo, repo.load_data(source)
+
+
+def _give_up(dial: _Dial, context: ActorContext, events: EventLog, loading_thread: int) -> None:
+    """End this process, which loads without end; who is told gets the lines of the code that it is in."""
+    error = FlopsError(
+        ErrorCode.TIMEOUT,
+        f"{dial.learner} on {dial.node} loaded its code and data for "
+        f"{float(context.config['load_timeout_s']):g} s without a new row, and was ended.",
+        hint="Look for an endless loop in what it loads. FLOPS_LOAD_TIMEOUT_S of `flops up` sets the limit.",
+        details={
+            "node": dial.node,
+            "phase": "load",
+            "traceback": describe_thread(loading_thread, context.repo_dir),
+        },
+    )
+    log_failure(error)
+    told = context.disclosed(error)
+    events.tell("failed", error=told.to_dict())
+    _tell_failure(dial, told)
+    os._exit(error.spec.exit_code)
 
 
 def _tell_failure(dial: _Dial, error: FlopsError) -> None:

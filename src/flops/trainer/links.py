@@ -6,8 +6,9 @@ import contextlib
 import hmac
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import AUTHORIZATION
 from flops.wire.training import (
     HELLO,
+    LOADED,
     REPLY,
     SCHEMA,
     STOP,
@@ -55,6 +57,16 @@ class Link:
     left_because: str = ""
 
 
+@dataclass
+class Loader:
+    """A learner that loads its code and data, and has not joined."""
+
+    learner: str
+    node: str
+    rows: int = 0  # that have come so far
+    progressed_s: float = field(default_factory=time.monotonic)
+
+
 @dataclass(frozen=True)
 class Request:
     """An instruction on its way to one learner, over the connection it had then."""
@@ -77,6 +89,7 @@ class LearnerServer:
         token: what learners must show.
         on_join: called when a learner has joined.
         on_leave: called when a learner's connection has ended, with the reason.
+        on_lost_loader: called when a learner has gone while it loaded.
 
     Raises:
         FlopsError: ``port_occupied``.
@@ -90,9 +103,11 @@ class LearnerServer:
         *,
         on_join: Callable[[Link], None] = lambda _: None,
         on_leave: Callable[[Link, str], None] = lambda _link, _reason: None,
+        on_lost_loader: Callable[[Loader], None] = lambda _: None,
     ) -> None:
         self._changed = threading.Condition()  # re-entrant: conditions may call methods
         self._links: dict[str, Link] = {}
+        self._loaders: dict[str, Loader] = {}
         self._refusals: dict[str, tuple[str, FlopsError]] = {}
         self._known: set[str] = set()
         self._ids = itertools.count(1)
@@ -100,6 +115,7 @@ class LearnerServer:
         self._is_closing = False
         self._on_join = on_join
         self._on_leave = on_leave
+        self._on_lost_loader = on_lost_loader
         try:
             self._server = _FlightServer(f"grpc://{host}:{port}", token, self._host_learner)
         except (pa.ArrowException, flight.FlightError, OSError) as exc:
@@ -117,6 +133,11 @@ class LearnerServer:
         """The joined learners that have answered everything they were asked."""
         with self._changed:
             return [link for link in self._in_order() if link.asked is None]
+
+    def loaders(self) -> list[Loader]:
+        """The learners that load now, as they stand now."""
+        with self._changed:
+            return [replace(self._loaders[name]) for name in sorted(self._loaders)]
 
     def refusals(self) -> dict[str, tuple[str, FlopsError]]:
         """Learners that could not load code or data: their node and error, until they join after all."""
@@ -189,6 +210,9 @@ class LearnerServer:
                 self._take_refusal(hello.header)
                 stream.send(Message(STOP))
                 return
+            if hello.header.get("is_loading"):
+                self._host_loader(Loader(str(hello.header["learner"]), str(hello.header["node"])), stream)
+                return
             link = Link(
                 str(hello.header["learner"]), str(hello.header["node"]), int(hello.header["rows"]), stream
             )
@@ -206,6 +230,30 @@ class LearnerServer:
             finally:
                 self._leave(link, reason)
                 sender.join()  # Flight frees the stream as soon as its call returns
+
+    def _host_loader(self, loader: Loader, stream: Stream) -> None:
+        """Follow the heartbeats of a loading learner, until it has loaded or is gone."""
+        with self._changed:
+            if self._is_closing or loader.learner in self._links:
+                return  # a dial that took longer than the loading itself
+            self._loaders[loader.learner] = loader
+            self._changed.notify_all()
+        is_lost = True
+        try:
+            while is_lost and not self._is_closing:
+                message = stream.receive()
+                is_lost = message.type != LOADED
+                rows = int(message.header.get("rows", loader.rows))
+                with self._changed:
+                    if rows != loader.rows:
+                        loader.rows, loader.progressed_s = rows, time.monotonic()
+        finally:
+            with self._changed:
+                if self._loaders.get(loader.learner) is loader:
+                    del self._loaders[loader.learner]
+                    if is_lost and not self._is_closing:
+                        self._on_lost_loader(loader)
+                self._changed.notify_all()
 
     def _take_refusal(self, header: dict[str, Any]) -> None:
         with self._changed:

@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,18 +212,31 @@ class MLRepo:
 
 def describe_exception(exc: BaseException, folder: Path) -> tuple[str, str]:
     """A traceback with only the frames of a repository, and where the last one is (" in FILE, line N")."""
-    own = []
-    for frame in traceback.extract_tb(exc.__traceback__):
-        path = Path(frame.filename).resolve()
-        if path.is_relative_to(folder):
-            frame.filename = str(path.relative_to(folder))
-            own.append(frame)
+    own = _frames_of(traceback.extract_tb(exc.__traceback__), folder)
     lines = ["Traceback (most recent call last):\n", *traceback.format_list(own)]
     lines += traceback.format_exception_only(exc)
     text = "".join(lines).replace(f"{folder}/", "")
     if isinstance(exc, SyntaxError) and exc.filename and Path(exc.filename).resolve().is_relative_to(folder):
         return text, f" in {Path(exc.filename).resolve().relative_to(folder)}, line {exc.lineno}"
     return text, f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+
+
+def describe_thread(ident: int, folder: str) -> str:
+    """Where a thread is now: a traceback with only the frames of a repository."""
+    frame = sys._current_frames().get(ident)
+    own = _frames_of(traceback.extract_stack(frame) if frame is not None else [], Path(folder).resolve())
+    return "".join(["Stack (most recent call last):\n", *traceback.format_list(own)])
+
+
+def _frames_of(frames: Iterable[traceback.FrameSummary], folder: Path) -> list[traceback.FrameSummary]:
+    """The frames within a repository, with their files' places in it."""
+    own = []
+    for frame in frames:
+        path = Path(frame.filename).resolve()
+        if path.is_relative_to(folder):
+            frame.filename = str(path.relative_to(folder))
+            own.append(frame)
+    return own
 
 
 def _seed_generators(seed: int) -> None:

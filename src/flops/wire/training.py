@@ -8,6 +8,9 @@ a learner sends ``hello`` first, and then one ``reply`` to each ``train`` and ``
 | header | sent by | fields |
 |---|---|---|
 | hello | learner | ``learner``, ``node``, ``rows``; ``error`` when it could not load its data or code |
+| hello | learner | ``learner``, ``node``, ``is_loading``: it loads; the connection is for that alone |
+| loading | learner | ``rows`` that have come so far; after such a hello, again and again |
+| loaded | learner | nothing: its loading is done, whatever came of it |
 | train | aggregator | ``id``, ``round``, ``config`` (of the strategy); arrays: the global parameters |
 | evaluate | aggregator | ``id``, ``round``, ``config``; arrays: the global parameters |
 | reply | learner | ``id``, ``rows``, ``metrics``, ``seconds``, or ``error``; arrays: of ``train`` only |
@@ -39,6 +42,7 @@ from flops.errors import ErrorCode, FlopsError
 Array = npt.NDArray[Any]
 
 HELLO, TRAIN, EVALUATE, REPLY, STOP = "hello", "train", "evaluate", "reply", "stop"
+LOADING, LOADED = "loading", "loaded"
 DESCRIPTOR = b"flops-training"
 SCHEMA = pa.schema([pa.field("array", pa.large_binary(), nullable=False)])
 PIECE_BYTES = 64 * 2**20  # larger arrays are sent in pieces: bounded copies, far below gRPC's 2 GiB a message

@@ -91,6 +91,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
             tracking_uri=tracking.url,
             secret=keep_token(folder / SECRET_FILE).encode(),
             inference_port=settings.inference_port,
+            load_timeout_s=settings.load_timeout_s,
         ),
         tracker=MlflowTracker(tracking.url),
     )
