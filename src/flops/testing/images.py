@@ -16,8 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
-
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer
 from flops.core.ids import Digest
@@ -118,20 +116,23 @@ def has_debian_registry() -> bool:
 
 
 @contextlib.contextmanager
-def debian_registry(folder: Path, *, users: str = "") -> Iterator[str]:
+def debian_registry(folder: Path, *, users: str = "", tls: tuple[Path, Path] | None = None) -> Iterator[str]:
     """Debian's ``docker-registry`` on a port of this machine; yields its host.
 
     Args:
         folder: for its state.
         users: content of an htpasswd file; everyone may do everything without.
+        tls: files of a certificate and its key; it listens on all addresses then.
     """
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yml"
     text = (
         f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {folder / 'data'}\n  delete:\n"
-        f"    enabled: true\nhttp:\n  addr: 127.0.0.1:{port}\n"
+        f"    enabled: true\nhttp:\n  addr: {'127.0.0.1' if tls is None else ''}:{port}\n"
     )
+    if tls is not None:
+        text += f"  tls:\n    certificate: {tls[0]}\n    key: {tls[1]}\n"
     if users:
         (folder / "users").write_text(users)
         text += f"auth:\n  htpasswd:\n    realm: test\n    path: {folder / 'users'}\n"
@@ -139,7 +140,7 @@ def debian_registry(folder: Path, *, users: str = "") -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
         try:
-            until(lambda: _answers(f"http://127.0.0.1:{port}/v2/"), "the registry")
+            until(lambda: _listens(port), "the registry")
             yield f"127.0.0.1:{port}"
         finally:
             process.kill()
@@ -152,9 +153,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(url, trust_env=False).status_code in {200, 401}
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
     return False
 
 
