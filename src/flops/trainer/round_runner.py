@@ -58,8 +58,8 @@ class RoundRunner:
         strategy: how results are aggregated.
         config: how many learners are needed, and how long is waited for them in each of the two phases.
         tell: is told in one sentence what users should know, such as who was left out.
-        on_failure: is told at once the round, the phase, and a learner's part that it answered with an error.
         on_start: is told the round and who takes part.
+        on_failure: is told at once the round, the phase, and a learner's part that it answered with an error.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class RoundRunner:
         config: AggregatorConfig,
         *,
         tell: Callable[[str], None],
-        on_failure: Callable[[int, str, Part], None],
         on_start: Callable[[int, Sequence[str]], None],
+        on_failure: Callable[[int, str, Part], None],
     ) -> None:
         self._server = server
         self._grid = FlightGrid(server)
         self._strategy = strategy
         self._config = config
         self._tell = tell
-        self._on_failure = on_failure
         self._on_start = on_start
+        self._on_failure = on_failure
 
     def run(self, number: int, parameters: list[Array]) -> FinishedRound:
         """Run a round from these global parameters.
