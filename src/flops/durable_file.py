@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import uuid
 from pathlib import Path
 
 from flops.errors import ErrorCode, FlopsError
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def write_durably(path: Path, text: str, *, mode: int = 0o600) -> None:
@@ -32,6 +35,19 @@ def write_durably(path: Path, text: str, *, mode: int = 0o600) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise file_error(exc, path) from exc
+
+
+def remove_unfinished(folder: Path, before_s: float) -> None:
+    """Remove what killed writers of `write_durably` left in a folder, and nothing else there.
+
+    Args:
+        folder: where files are written; it need not exist.
+        before_s: younger ones may still be written; seconds since the epoch.
+    """
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if _UNFINISHED.fullmatch(path.name) and path.stat().st_mtime < before_s:
+                path.unlink()
 
 
 def keep_token(path: Path) -> str:

@@ -25,6 +25,7 @@ from flops.command import Completed, run_command
 from flops.core.ids import Digest
 from flops.core.ml_repository import environment_key, read_ml_repository
 from flops.core.project import Repository
+from flops.core.retention import Entry, Limits, choose_victims
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.log import redact
@@ -47,6 +48,7 @@ _SAFE_OPTIONS = (
 _MISSING_REF = ("not our ref", "couldn't find remote ref", "unadvertised object", "remote error: upload-pack")
 _FULL_DISK = "no space left on device"
 _KEEP_SMALL = "Keep data and weights out of the repository: data comes from the nodes, by tag."
+_REMEMBERED = 1_000  # commits whose bundle is known
 _SYMLINK, _EXECUTABLE, _SUBMODULE = "120000", "100755", "160000"
 
 
@@ -86,19 +88,21 @@ class GitRepos:
     ) -> None:
         self._blobs = blobs
         self._cache_dir = cache_dir
+        self._fetching = cache_dir / "fetching"
         self._environ = _git_environment(environ)
         self._mlflow_version = mlflow_version
         self._platform = platform
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
 
-    def resolve(self, url: str, ref: str | None, flavor: str) -> Repository:
+    def resolve(self, url: str, ref: str | None, flavor: str, *, needs_gpu: bool = False) -> Repository:
         """Pin a reference to a commit, check the repository contract, and store the tree as a bundle.
 
         Args:
             url: any URL that `git` takes, or a path on this machine.
             ref: branch, tag or full commit hash; the remote's HEAD when None.
             flavor: the MLflow flavor of the model.
+            needs_gpu: whether its environment may have CUDA.
 
         Raises:
             FlopsError: ``repo_unreachable``, ``repo_ref_not_found``, ``repo_contract_broken``,
@@ -112,7 +116,11 @@ class GitRepos:
         contents = _read_bundle(self._blobs.get(bundle))
         repository = read_ml_repository(contents)
         key = environment_key(
-            repository, flavor, mlflow_version=self._mlflow_version, platform=self._platform
+            repository,
+            flavor,
+            mlflow_version=self._mlflow_version,
+            platform=self._platform,
+            needs_gpu=needs_gpu,
         )
         return Repository(
             commit=commit,
@@ -120,6 +128,27 @@ class GitRepos:
             dependency_file=repository.dependencies.file,
             environment_key=key,
         )
+
+    def sweep(self) -> None:
+        """Remove what killed managers left, and all but the last used of what is remembered.
+
+        Raises:
+            FlopsError: ``file_unreadable``.
+        """
+        try:
+            self._sweep_fetches()
+            records = [
+                Entry(key=str(path), used_at_s=path.stat().st_mtime)
+                for folder in self._cache_dir.glob("*")
+                if _FULL_HASH.fullmatch(folder.name)
+                for path in folder.iterdir()
+            ]
+            for record in choose_victims(records, Limits(max_count=_REMEMBERED), 0.0):
+                Path(record.key).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # others are in it
+                    Path(record.key).parent.rmdir()
+        except OSError as exc:
+            raise file_error(exc, self._cache_dir) from exc
 
     def _find_commit(self, url: str, ref: str | None) -> tuple[str, str]:
         """What to fetch, and the commit it stands for now."""
@@ -186,9 +215,11 @@ class GitRepos:
 
     def _remembered(self, url: str, commit: str) -> Digest | None:
         record = self._record(url, commit)
-        if not record.is_file():
+        try:
+            os.utime(record)
+            digest = Digest(record.read_text().strip())
+        except FileNotFoundError:
             return None
-        digest = Digest(record.read_text().strip())
         return digest if self._blobs.has(digest) else None
 
     def _record(self, url: str, commit: str) -> Path:
@@ -197,19 +228,23 @@ class GitRepos:
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
         """A folder for one fetch; what killed managers left behind goes first."""
-        folder = self._cache_dir / "fetching"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._sweep_fetches()
+            folder = self._fetching
             with contextlib.ExitStack() as held:
                 with _held(folder):  # nobody may sweep away a folder before it is marked as in use
-                    for old in folder.iterdir():
-                        _remove_if_abandoned(old)
                     scratch = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
                     name = Path(held.enter_context(scratch))
                     held.enter_context(_held(name))
                 yield name
         except OSError as exc:
             raise file_error(exc, self._cache_dir) from exc
+
+    def _sweep_fetches(self) -> None:
+        self._fetching.mkdir(parents=True, exist_ok=True)
+        with _held(self._fetching):
+            for old in self._fetching.iterdir():
+                _remove_if_abandoned(old)
 
     def _git(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flops.core.cluster import Service
@@ -52,6 +53,7 @@ class Retention:
         blobs: are swept.
         clock: says how long ago a blob was used.
         options: see `RetentionOptions`.
+        others: sweep what else there is, in passing.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Retention:
         blobs: KeptBlobs,
         clock: Clock,
         options: RetentionOptions | None = None,
+        others: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._store = store
         self._orchestrator = orchestrator
         self._blobs = blobs
         self._clock = clock
         self._options = options or RetentionOptions()
+        self._others = tuple(others)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
 
@@ -89,6 +93,8 @@ class Retention:
         self._forget_services()
         self._blobs.sweep()
         self._sweep_blobs()
+        for sweep in self._others:
+            sweep()
 
     def _run(self) -> None:
         while not self._is_closed.is_set():

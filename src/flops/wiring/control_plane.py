@@ -26,7 +26,7 @@ from flops.control.lifetime import (
     TRACKING_FOLDER,
     run_until_told,
 )
-from flops.durable_file import keep_token
+from flops.durable_file import keep_token, remove_unfinished
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
@@ -36,6 +36,8 @@ from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus
+
+_WRITING_MOST_S = 600.0  # no file takes that long to be written
 
 
 def run_control_plane(arguments: list[str]) -> int:
@@ -75,16 +77,17 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(cluster.close)
 
     store = SqlProjectStore(folder / PROJECTS_FILE)
+    repos = GitRepos(
+        blobs,
+        folder / "repositories",
+        environ=inherited_environment(),
+        mlflow_version=version("mlflow"),
+        platform=this_platform(),
+    )
     engine = Engine(
         store=store,
         orchestrator=orchestrator,
-        repos=GitRepos(
-            blobs,
-            folder / "repositories",
-            environ=inherited_environment(),
-            mlflow_version=version("mlflow"),
-            platform=this_platform(),
-        ),
+        repos=repos,
         blobs=blobs,
         clock=clock,
         options=EngineOptions(
@@ -120,10 +123,25 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
-    keeping = RetentionOptions(settings.keep_logs_projects, settings.keep_logs_days * DAY_S)
-    retention = Retention(store, orchestrator, blobs, clock, keeping)
+    retention = _build_retention(settings, (store, orchestrator, blobs, clock), repos)
     parts.callback(retention.close)
     retention.start()
     manager.start()
     ports.keep({"manager": manager.port, "cluster": cluster.port, "tracking": tracking.port})
     return status().model_dump()
+
+
+def _build_retention(
+    settings: ControlSettings,
+    parts: tuple[SqlProjectStore, ClusterOrchestrator, FileBlobs, SystemClock],
+    repos: GitRepos,
+) -> Retention:
+    folder = settings.control_dir
+    clock = parts[-1]
+
+    def remove_leftovers() -> None:
+        for place in (folder, folder / TRACKING_FOLDER):
+            remove_unfinished(place, clock.now_s() - _WRITING_MOST_S)
+
+    options = RetentionOptions(settings.keep_logs_projects, settings.keep_logs_days * DAY_S)
+    return Retention(*parts, options, (repos.sweep, remove_leftovers))

@@ -33,7 +33,7 @@ from flops.core.cluster import (
     ServiceKind,
     ServiceSpec,
 )
-from flops.durable_file import write_durably
+from flops.durable_file import remove_unfinished, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.log import JsonFormatter, configure_logging
 from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuilder, NodeAddon, endpoint_port
@@ -56,6 +56,7 @@ from flops.wiring.data import open_data_catalog
 from flops.wiring.node_files import node_conf_file, node_paths
 from flops.wiring.services import open_environments
 
+_WRITING_MOST_S = 600.0  # no file takes that long to be written
 _LOG_BYTES = 8 * 1024**2
 
 _log = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def run_node_daemon(arguments: list[str], make_parts: Callable[[NodePaths], Node
         with only_daemon(paths.pid):
             paths.startup_error.unlink(missing_ok=True)
             paths.status.unlink(missing_ok=True)
+            for folder in (paths.home, *paths.services.glob("*")):
+                remove_unfinished(folder, SystemClock().now_s() - _WRITING_MOST_S)
             daemon = build_daemon(paths, make_parts(paths))
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: daemon.stop())

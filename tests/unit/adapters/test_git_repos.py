@@ -255,6 +255,33 @@ def test_a_silent_server_is_given_up(blobs: MemoryBlobs, tmp_path: Path, silent_
     assert time.monotonic() - started < 5
 
 
+def test_a_sweep_keeps_what_was_used_last_and_what_is_being_fetched(
+    blobs: MemoryBlobs, repository: GitRepository, tmp_path: Path
+) -> None:
+    repository.commit(REPOSITORY)
+    cache = tmp_path / "cache"
+    repos = open_repos(blobs, cache)
+    used = repos.resolve(repository.url, None, "sklearn")
+    other = cache / ("0" * 64)
+    other.mkdir()
+    for number in range(1_010):
+        (other / f"{number:040x}").write_text(used.bundle)
+        os.utime(other / f"{number:040x}", (number, number))
+    records = [path for folder in cache.iterdir() if folder.name != "fetching" for path in folder.iterdir()]
+    os.utime(next(path for path in records if path.parent != other), (1, 1))
+    assert repos.resolve(repository.url, None, "sklearn") == used  # used once more
+    left = cache / "fetching" / "tmpkilled"
+    with repos._scratch() as fetching:
+        left.mkdir()
+        repos.sweep()
+        assert fetching.exists()
+    assert not left.exists()
+    assert len(list(other.iterdir())) == 999
+    assert not (other / f"{10:040x}").exists()
+    repository.folder.rename(tmp_path / "gone")
+    assert repos.resolve(repository.url, used.commit, "sklearn") == used
+
+
 def test_many_at_once(repos: GitRepos, repository: GitRepository) -> None:
     repository.commit(REPOSITORY)
     found: list[str] = []
