@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from flops.adapters.memory_tracker import MemoryTracker
 from flops.core.project import Round
 from flops.core.sla import EarlyStopping, Strategy, TargetMetric
 from flops.errors import ErrorCode, FlopsError
@@ -325,6 +326,22 @@ def test_a_tracking_server_that_is_away_delays_no_round(stage: TrainingStage) ->
     stage.tracker.problem = None
     training.result()
     assert sorted(stage.tracker.runs[PROJECT].rounds) == [1, 2, 3]  # type: ignore[index]
+
+
+def test_a_run_is_ended_once(stage: TrainingStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[bool] = []
+    close_run = MemoryTracker.close_run
+
+    def count(tracker: MemoryTracker, run_id: str, *, is_success: bool) -> None:
+        ends.append(is_success)
+        close_run(tracker, run_id, is_success=is_success)
+
+    monkeypatch.setattr(MemoryTracker, "close_run", count)
+    config = stage.config(learners=1, rounds=1)
+    training = stage.train_in_thread(stage.aggregator_context(config, stage.repo()))
+    stage.start_learner(0, stage.repo(), of=1)
+    training.result()
+    assert ends == [True]
 
 
 def test_a_reached_target_ends_the_training(stage: TrainingStage) -> None:

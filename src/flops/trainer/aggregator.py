@@ -157,7 +157,7 @@ class Training:
         """End what was started: children, the run, the learners' connections."""
         for child in self._children:
             child.kill()
-        self._feed.close(is_success=self._is_successful, patience_s=_CLOSE_PATIENCE_S)
+        self._feed.close(has_failed=not self._is_successful, patience_s=_CLOSE_PATIENCE_S)
         self._server.stop(is_over=self._is_successful)
 
     # --- beginning ---
@@ -250,7 +250,7 @@ class Training:
         if self._context.blobs_url:
             digest = store_bundle(pack(folder), self._context.blobs_url, _STORE_PATIENCE_S)
             model = model.model_copy(update={"bundle": digest})
-        tracker.close_run(run.run_id, is_success=True)
+        patiently(lambda: tracker.close_run(run.run_id, is_success=True), _TRACKING_PATIENCE_S)
         self._events.tell("training_completed", model=model.model_dump(mode="json"))
 
     def _child(

@@ -24,7 +24,7 @@ from flops_utils.local_data import rows_arrived
 
 GRACE_S = 5.0  # beyond the deadline, for a learner to tell of its end by itself
 _BEAT_S = 0.5
-_DIAL_S = 5.0  # how long loading waits for an aggregator to know of it
+_DIAL_S = 5.0  # how long loading waits for the aggregator to know of it
 _LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError, FlopsError)
 
 
@@ -42,7 +42,7 @@ def heartbeats(
     beats = _Beats(connect, patience_s, give_up)
     thread = threading.Thread(target=beats.run, name="loading", daemon=True)
     thread.start()
-    beats.is_known.wait(_DIAL_S)  # what comes may let no other thread run
+    beats.has_dialled.wait(_DIAL_S)  # what comes may let no other thread run
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ class _Beats:
         patience_s: float,
         give_up: Callable[[], None],
     ) -> None:
-        self.is_known = threading.Event()  # to the aggregator
+        self.has_dialled = threading.Event()  # the aggregator knows, or did not answer
         self._connect = connect
         self._patience_s = patience_s
         self._give_up = give_up
@@ -79,12 +79,13 @@ class _Beats:
         """Beat until the loading is done; without an aggregator, look for one."""
         while not self._is_done.is_set():
             with contextlib.suppress(*_LOST), self._connect() as stream:
-                self.is_known.set()
+                self.has_dialled.set()
                 while not self._is_done.wait(_BEAT_S):
                     self._look()
                     stream.send(Message(LOADING, {"rows": self._rows}))
                 stream.send(Message(LOADED))
                 return
+            self.has_dialled.set()
             self._look()
             self._is_done.wait(_BEAT_S)
 

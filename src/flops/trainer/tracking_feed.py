@@ -88,11 +88,12 @@ class TrackingFeed:
                 f"{why}",
             )
 
-    def close(self, *, is_success: bool, patience_s: float) -> None:
-        """End the run if it is open and the tracking server answers in time; never raises."""
+    def close(self, *, has_failed: bool, patience_s: float) -> None:
+        """Stop recording; never raises. A failed training's run is ended if the server answers in time."""
         try:
-            tracker, run = self.wait(patience_s)
-            tracker.close_run(run.run_id, is_success=is_success)
+            if has_failed:
+                tracker, run = self.wait(patience_s)
+                tracker.close_run(run.run_id, is_success=False)
         except FlopsError as exc:
             _log.warning("the run was left open: %s", exc)
         finally:

@@ -32,9 +32,9 @@ def test_rounds_are_recorded_and_the_run_is_told() -> None:
     feed.add([Round(number=1), Round(number=2)])
     _, run = feed.wait(10)
     assert told == [run]
-    feed.close(is_success=True, patience_s=5)
+    feed.close(has_failed=False, patience_s=5)
     recorded = tracker.runs[PROJECT]
-    assert (sorted(recorded.rounds), recorded.status) == ([1, 2], "FINISHED")
+    assert (sorted(recorded.rounds), recorded.status) == ([1, 2], "RUNNING")  # its end is the delivery
     assert (recorded.params, recorded.tags) == ({"strategy": "FedAvg"}, {"tag": "value"})
 
 
@@ -49,7 +49,7 @@ def test_what_was_missed_is_recorded_later() -> None:
     assert "MLflow is away." in caught.value.message
     tracker.problem = None
     feed.wait(10)
-    feed.close(is_success=False, patience_s=5)
+    feed.close(has_failed=True, patience_s=5)
     assert tracker.runs[PROJECT].status == "FAILED"
 
 
@@ -68,12 +68,12 @@ def test_a_defect_of_the_tracker_is_told_and_does_not_end_the_feed() -> None:
         feed.wait(0.2)
     is_broken.clear()
     feed.wait(10)
-    feed.close(is_success=True, patience_s=5)
+    feed.close(has_failed=False, patience_s=5)
 
 
 def test_closing_never_waits_longer_than_told() -> None:
     tracker = MemoryTracker()
     tracker.problem = AWAY
     feed = make(lambda: tracker)
-    feed.close(is_success=False, patience_s=0.1)
+    feed.close(has_failed=True, patience_s=0.1)
     assert not any(thread.name == "tracking" and thread.is_alive() for thread in threading.enumerate())
