@@ -1,4 +1,4 @@
-"""``flops node``, ``mock-data``, ``model`` and ``tracking``."""
+"""``flops node``, ``mock-data`` and ``tracking``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 node = typer.Typer(help="Nodes of the cluster.", no_args_is_help=True)
 mock_data = typer.Typer(help="Mock data providers stand in for devices.", no_args_is_help=True)
-model = typer.Typer(help="Trained models.", no_args_is_help=True)
 
 DATASET_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".npz", ".arrow"})
 _POLL_S = 0.3
@@ -187,32 +186,6 @@ def list_mock_data(output_format: FormatOption = OutputFormat.TABLE) -> None:
     print_data(records, output_format, show)
 
 
-@model.command("list")
-def list_models(output_format: FormatOption = OutputFormat.TABLE) -> None:
-    """List the trained models."""
-    from flops.wire.rest import ModelList
-
-    with connected() as api:
-        models = api.get("/models", ModelList).models
-
-    def show() -> None:
-        rows = [
-            (
-                m.project_id,
-                m.name,
-                m.version,
-                m.round,
-                "" if m.accuracy is None else f"{m.accuracy:.4f}",
-                m.inference_url,
-            )
-            for m in models
-        ]
-        columns = ["project", "model", "version", "round", "accuracy", "inference"]
-        print_table(columns, rows, empty="No model has been trained yet.")
-
-    print_data(models, output_format, show)
-
-
 def tracking(
     customer_id: Annotated[str, typer.Option(help="Every customer has the same server.")] = "Admin",
     output_format: FormatOption = OutputFormat.TABLE,
@@ -223,38 +196,3 @@ def tracking(
     with connected() as api:
         server = api.get("/tracking", TrackingServer, customerID=customer_id)
     print_data(server, output_format, lambda: print_line(server.tracking_server_url))
-
-
-@model.command()
-def predict(
-    project_id: Annotated[str, typer.Argument(help="Id of the project whose model is served.")],
-    file: Annotated[
-        Path, typer.Argument(help="Parquet, Arrow, CSV, NPZ or JSON file with rows, or folder of images.")
-    ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Send only the first rows.")] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Column to keep back and to show beside [label, labels, target, y].")
-    ] = None,
-    output_format: FormatOption = OutputFormat.TABLE,
-) -> None:
-    """Send rows to a served model; prints predictions, beside labels when the file has them."""
-    from flops.cli.prediction import predict_file
-
-    with connected() as api:
-        project = api.project(project_id)
-    if not project.inference_url:
-        raise FlopsError(
-            ErrorCode.MODEL_NOT_FOUND,
-            f"Project {project_id} serves no model: it is {project.stage}.",
-            hint="A model is served after the training when post_training_steps asks for it.",
-        )
-    result = predict_file(project.inference_url, file, limit, label)
-
-    def show() -> None:
-        has_labels = any(row.label is not None for row in result.rows)
-        columns = ["row", "prediction", "label"] if has_labels else ["row", "prediction"]
-        print_table(columns, [(r.row, r.prediction, r.label)[: len(columns)] for r in result.rows])
-
-    print_data(result, output_format, show)
-    if result.accuracy is not None:
-        say(f"Accuracy on {len(result.rows):,} rows: {result.accuracy:.3f}")

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 import flops
-from flops.cli.cluster_commands import mock_data, model, node, tracking
+from flops.cli.cluster_commands import mock_data, node, tracking
 from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
 from flops.cli.doctor import doctor
+from flops.cli.model_commands import model
 from flops.cli.output import (
     FormatOption,
     OutputFormat,

@@ -452,3 +452,12 @@ def test_a_failure_is_told_whole(api: Api) -> None:
     assert failure["details"]["node"] == "alpha"
     for service in api.cluster.orchestrator.services():
         assert service.status.state in {ServiceState.COMPLETED, ServiceState.STOPPED}
+
+
+@pytest.mark.parametrize(
+    "body", [{"version": 1}, {"port": 0}, {"port": 70_000}, {"node": ""}, {"nodes": "a"}]
+)
+def test_a_wrong_deployment_request_is_told_by_its_key(api: Api, body: dict[str, Any]) -> None:
+    answer = api.client.post(f"{API}/models/digits/deployment", json=body)
+    (key,) = body
+    assert f"body.{key}" in assert_error(answer, ErrorCode.USAGE).message

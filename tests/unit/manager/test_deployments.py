@@ -11,89 +11,27 @@ import pytest
 from flops.adapters.memory_store import MemoryProjectStore
 from flops.core.cluster import ServiceState
 from flops.core.deployment import Deployment
-from flops.core.ids import NodeId, ProjectId, ServiceId
-from flops.core.project import Stage
-from flops.core.sla import parse_project_sla
+from flops.core.ids import NodeId
 from flops.errors import ErrorCode, FlopsError
-from flops.testing.projects import PlayedCluster, node_with, played_cluster, raw_sla
+from flops.testing.played_models import MODEL, PlayedModels
+from flops.testing.projects import node_with, played_cluster
 from flops.testing.waiting import until
 
-MODEL = "digits"
 ALPHA, BETA = NodeId("id-alpha"), NodeId("id-beta")
 ENDED = ServiceState.STOPPED
 
 
-class Played:
-    """A cluster on which projects have trained versions of one model."""
-
-    def __init__(self, cluster: PlayedCluster, versions: int = 2) -> None:
-        self.cluster = cluster
-        self.projects = [self.train(str(number + 1)) for number in range(versions)]
-
-    def train(self, version: str, name: str | None = MODEL) -> ProjectId:
-        cluster = self.cluster
-        sla = {**raw_sla(), "model_name": name, "post_training_steps": []}
-        project_id = cluster.engine.submit(parse_project_sla(sla)).id
-        cluster.wait(project_id, lambda p: p.placement is not None)
-        if cluster.engine.get(project_id).environment is None:
-            cluster.build(project_id)
-        cluster.listen(project_id)
-        cluster.join_learners(project_id)
-        cluster.train(project_id)
-        cluster.finish_training(project_id, version)
-        cluster.wait(project_id, lambda p: p.stage is Stage.COMPLETED and not p.services)
-        return project_id
-
-    def deploy(self, **wanted: Any) -> Deployment:
-        return self.cluster.engine.deployments.deploy(MODEL, **wanted)
-
-    @property
-    def record(self) -> Deployment:
-        return self.cluster.engine.deployments.get(MODEL)
-
-    def answer(self, deployment: Deployment) -> ServiceId:
-        """Let the starting version answer, and wait until that is known."""
-        launch = deployment.starting
-        assert launch is not None
-        service_id = self.cluster.wait_for_service(launch.service_id)
-        self.cluster.orchestrator.report(service_id, ServiceState.RUNNING)
-        self.tell_listening(service_id, launch.port)
-        self.until(lambda d: d.serving is not None and d.serving.service_id == service_id)
-        return service_id
-
-    def tell_listening(self, service_id: ServiceId, port: int) -> None:
-        self.cluster.orchestrator.tell(service_id, "listening", address=f"10.0.0.1:{port}")
-
-    def fail(self, service_id: ServiceId, code: ErrorCode, message: str = "It is broken.") -> None:
-        error = FlopsError(code, message).to_dict()
-        self.cluster.orchestrator.tell(service_id, "failed", error=error)
-        self.cluster.orchestrator.report(service_id, ServiceState.RESTARTING, error=error, restarts=1)
-
-    def until(self, is_true: Any) -> Deployment:
-        until(lambda: is_true(self.record), f"the deployment, now {self.record!r}")
-        return self.record
-
-    def state_of(self, service_id: str) -> ServiceState:
-        services = self.cluster.orchestrator.services()
-        return next(s.status.state for s in services if s.spec.id == service_id)
-
-    def running(self) -> set[str]:
-        """The inference services that run, or are to."""
-        services = self.cluster.orchestrator.services()
-        return {s.spec.id for s in services if s.spec.kind == "inference" and not s.status.state.is_final}
-
-
 @pytest.fixture
-def played() -> Iterator[Played]:
+def played() -> Iterator[PlayedModels]:
     with played_cluster() as cluster:
-        yield Played(cluster)
+        yield PlayedModels(cluster)
 
 
 def refused(code: ErrorCode) -> Any:
     return pytest.raises(FlopsError, check=lambda exc: exc.code is code)
 
 
-def test_the_newest_version_is_deployed_where_it_fits_and_tells_its_address(played: Played) -> None:
+def test_the_newest_version_is_deployed_where_it_fits_and_tells_its_address(played: PlayedModels) -> None:
     begun = played.deploy()
     assert (begun.state, begun.url) == ("starting", "")
     service_id = played.answer(begun)
@@ -109,7 +47,7 @@ def test_the_newest_version_is_deployed_where_it_fits_and_tells_its_address(play
     assert played.running() == {service_id}
 
 
-def test_another_version_takes_over_when_it_answers_and_keeps_the_address(played: Played) -> None:
+def test_another_version_takes_over_when_it_answers_and_keeps_the_address(played: PlayedModels) -> None:
     first = played.answer(played.deploy(version="1"))
     begun = played.deploy()
     assert (begun.state, begun.url) == ("swapping", "http://10.0.0.1:8080")
@@ -127,7 +65,7 @@ def test_another_version_takes_over_when_it_answers_and_keeps_the_address(played
 
 @pytest.mark.parametrize("code", [ErrorCode.MODEL_UNLOADABLE, ErrorCode.PORT_OCCUPIED])
 def test_a_version_that_does_not_come_up_leaves_the_one_before_serving(
-    played: Played, code: ErrorCode
+    played: PlayedModels, code: ErrorCode
 ) -> None:
     first = played.answer(played.deploy(version="1"))
     starting = played.deploy().starting
@@ -141,7 +79,7 @@ def test_a_version_that_does_not_come_up_leaves_the_one_before_serving(
     until(lambda: played.running() == {first}, "the end of the second version")
 
 
-def test_a_version_that_ends_again_and_again_is_given_up(played: Played) -> None:
+def test_a_version_that_ends_again_and_again_is_given_up(played: PlayedModels) -> None:
     starting = played.deploy().starting
     assert starting is not None
     error = FlopsError(ErrorCode.OUT_OF_MEMORY, "It took too much.").to_dict()
@@ -158,7 +96,7 @@ def test_a_version_that_ends_again_and_again_is_given_up(played: Played) -> None
     until(lambda: not played.running(), "the end of the service")
 
 
-def test_a_taken_port_is_passed_over_unless_it_was_asked_for(played: Played) -> None:
+def test_a_taken_port_is_passed_over_unless_it_was_asked_for(played: PlayedModels) -> None:
     starting = played.deploy().starting
     assert starting is not None
     played.fail(starting.service_id, ErrorCode.PORT_OCCUPIED)
@@ -172,7 +110,7 @@ def test_a_taken_port_is_passed_over_unless_it_was_asked_for(played: Played) -> 
     assert (record.url, record.failure is not None) == ("http://10.0.0.1:8081", True)
 
 
-def test_a_rollback_goes_to_the_version_before_and_back_again(played: Played) -> None:
+def test_a_rollback_goes_to_the_version_before_and_back_again(played: PlayedModels) -> None:
     with refused(ErrorCode.NOT_DEPLOYED):
         played.cluster.engine.deployments.rollback(MODEL)
     played.answer(played.deploy(version="1"))
@@ -186,7 +124,7 @@ def test_a_rollback_goes_to_the_version_before_and_back_again(played: Played) ->
     assert [line.version for line in played.record.history] == ["1", "2", "1", "2"]
 
 
-def test_a_rollback_to_a_deleted_version_is_refused(played: Played) -> None:
+def test_a_rollback_to_a_deleted_version_is_refused(played: PlayedModels) -> None:
     played.answer(played.deploy(version="1"))
     played.answer(played.deploy(version="2"))
     gone = played.projects[0]
@@ -196,7 +134,7 @@ def test_a_rollback_to_a_deleted_version_is_refused(played: Played) -> None:
         played.cluster.engine.deployments.rollback(MODEL)
 
 
-def test_an_undeployed_model_keeps_its_address(played: Played) -> None:
+def test_an_undeployed_model_keeps_its_address(played: PlayedModels) -> None:
     with refused(ErrorCode.NOT_DEPLOYED):
         played.cluster.engine.deployments.undeploy(MODEL)
     played.answer(played.deploy(node="beta", port=9000))
@@ -211,7 +149,7 @@ def test_an_undeployed_model_keeps_its_address(played: Played) -> None:
     assert (again.node, again.port) == ("beta", 9000)
 
 
-def test_what_is_unknown_or_cannot_be_is_refused(played: Played) -> None:
+def test_what_is_unknown_or_cannot_be_is_refused(played: PlayedModels) -> None:
     deployments = played.cluster.engine.deployments
     with refused(ErrorCode.MODEL_NOT_FOUND):
         deployments.deploy("nothing")
@@ -234,7 +172,9 @@ def test_what_is_unknown_or_cannot_be_is_refused(played: Played) -> None:
         played.cluster.engine.delete(other)
 
 
-def test_a_model_stays_on_its_node_while_that_is_away_and_goes_on_when_it_is_back(played: Played) -> None:
+def test_a_model_stays_on_its_node_while_that_is_away_and_goes_on_when_it_is_back(
+    played: PlayedModels,
+) -> None:
     service_id = played.answer(played.deploy(version="1"))
     played.cluster.orchestrator.leave(ALPHA)
     assert played.until(lambda d: d.state == "lost").doing
@@ -247,14 +187,14 @@ def test_a_model_stays_on_its_node_while_that_is_away_and_goes_on_when_it_is_bac
     assert len(played.record.history) == 1
 
 
-def test_a_model_can_be_moved_to_another_node(played: Played) -> None:
+def test_a_model_can_be_moved_to_another_node(played: PlayedModels) -> None:
     first = played.answer(played.deploy())
     second = played.answer(played.deploy(node=BETA))
     assert (played.record.node, played.record.port) == ("beta", 8080)
     until(lambda: played.running() == {second}, f"the end of {first}")
 
 
-def test_a_version_that_is_not_wanted_any_more_never_takes_over(played: Played) -> None:
+def test_a_version_that_is_not_wanted_any_more_never_takes_over(played: PlayedModels) -> None:
     first = played.answer(played.deploy(version="1"))
     given_up = played.deploy(version="2").starting
     assert given_up is not None
@@ -265,7 +205,7 @@ def test_a_version_that_is_not_wanted_any_more_never_takes_over(played: Played) 
     assert played.answer(played.deploy(version="2")) != given_up.service_id
 
 
-def test_a_deployed_version_holds_its_project_and_the_reset(played: Played) -> None:
+def test_a_deployed_version_holds_its_project_and_the_reset(played: PlayedModels) -> None:
     played.answer(played.deploy(version="1"))
     with refused(ErrorCode.MODEL_DEPLOYED):
         played.cluster.engine.delete(played.projects[0])
@@ -276,7 +216,7 @@ def test_a_deployed_version_holds_its_project_and_the_reset(played: Played) -> N
     until(lambda: not played.running(), "the end of the service")
 
 
-def test_a_service_that_fails_for_good_is_told_and_can_be_rolled_back(played: Played) -> None:
+def test_a_service_that_fails_for_good_is_told_and_can_be_rolled_back(played: PlayedModels) -> None:
     played.answer(played.deploy(version="1"))
     second = played.answer(played.deploy(version="2"))
     error = FlopsError(ErrorCode.DISK_FULL, "The disk is full.").to_dict()
@@ -307,7 +247,7 @@ class DyingStore(MemoryProjectStore):
 def test_a_kill_before_a_swap_is_stored_leaves_it_undone() -> None:
     store = DyingStore()
     with played_cluster(store=store) as cluster:
-        played = Played(cluster)
+        played = PlayedModels(cluster)
         first = played.answer(played.deploy(version="1"))
         store.left = 0
         with refused(ErrorCode.DISK_FULL):
@@ -319,7 +259,7 @@ def test_a_kill_before_a_swap_is_stored_leaves_it_undone() -> None:
 def test_a_kill_before_the_takeover_is_stored_leaves_it_to_the_next_start() -> None:
     store = DyingStore()
     with played_cluster(store=store) as cluster:
-        played = Played(cluster)
+        played = PlayedModels(cluster)
         first = played.answer(played.deploy(version="1"))
         starting = played.deploy(version="2").starting
         assert starting is not None
@@ -336,7 +276,7 @@ def test_a_kill_before_the_takeover_is_stored_leaves_it_to_the_next_start() -> N
         assert [line.version for line in played.record.history] == ["1", "2"]
 
 
-def test_services_that_no_record_wants_are_stopped_at_the_start(played: Played) -> None:
+def test_services_that_no_record_wants_are_stopped_at_the_start(played: PlayedModels) -> None:
     played.answer(played.deploy(version="1"))
     second = played.answer(played.deploy(version="2"))
     with_first = played.record.model_copy(update={"serving": None, "starting": None})
