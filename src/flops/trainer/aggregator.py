@@ -39,6 +39,7 @@ _JOIN_PATIENCE_S = 1_800.0  # environments of learners are built meanwhile
 _REJOIN_PATIENCE_S = 10.0  # of a restarted aggregator, for learners beyond the needed ones
 _TRACKING_PATIENCE_S = 300.0
 _STORE_PATIENCE_S = 300.0
+_AWAY_PATIENCE_S = 86_400.0  # of the two above: a network may be down for hours, and nothing is lost for it
 _CLOSE_PATIENCE_S = 3.0
 _MAY_PASS = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT})  # a learner is started anew after these
 _PORT_FILE = "port"
@@ -273,12 +274,15 @@ class Training:
                 code=ErrorCode.MODEL_EXPORT_FAILED,
             )
             child.wait()
-        tracker, run = self._feed.wait(_TRACKING_PATIENCE_S)
+        tracker, run = self._feed.wait(_TRACKING_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S)
         model = patiently(
-            lambda: tracker.log_model(run.run_id, folder, best, self._config.model_name), _TRACKING_PATIENCE_S
+            lambda: tracker.log_model(run.run_id, folder, best, self._config.model_name),
+            _TRACKING_PATIENCE_S,
+            away_patience_s=_AWAY_PATIENCE_S,
         )
         if self._context.blobs_url:
-            digest = store_bundle(pack(folder), self._context.blobs_url, _STORE_PATIENCE_S)
+            bundle, url = pack(folder), self._context.blobs_url
+            digest = store_bundle(bundle, url, _STORE_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S)
             model = model.model_copy(update={"bundle": digest})
         patiently(lambda: tracker.close_run(run.run_id, is_success=True), _TRACKING_PATIENCE_S)
         self._events.tell("training_completed", model=model.model_dump(mode="json"))

@@ -24,6 +24,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PUT_TIMEOUT_S = 60.0
 _LONGEST_BACK_OFF_S = 5.0
+AWAY = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT})
 _FINAL = frozenset({ErrorCode.MODEL_EXPORT_FAILED, ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
 
 
@@ -54,14 +55,15 @@ def pack(folder: Path) -> bytes:
     return raw.getvalue()
 
 
-def store_bundle(bundle: bytes, blobs_url: str, patience_s: float) -> Digest:
+def store_bundle(bundle: bytes, blobs_url: str, patience_s: float, *, away_patience_s: float = 0.0) -> Digest:
     """Store bytes among the cluster's blobs.
 
     Raises:
         FlopsError: ``unreachable``, or what the blobs answer.
     """
     digest = Digest(hashlib.sha256(bundle).hexdigest())
-    patiently(lambda: _put(bundle, f"{blobs_url}/{digest}"), patience_s)
+    url = f"{blobs_url}/{digest}"
+    patiently(lambda: _put(bundle, url), patience_s, away_patience_s=away_patience_s)
     return digest
 
 
@@ -80,19 +82,29 @@ def _put(data: bytes, url: str) -> None:
         raise FlopsError(ErrorCode.UNREACHABLE, f"{url} answers {status} to the model.") from exc
 
 
-def patiently(action: Callable[[], T], patience_s: float) -> T:
+def patiently(action: Callable[[], T], patience_s: float, *, away_patience_s: float = 0.0) -> T:
     """Repeat an action that may be repeated until it succeeds, cannot succeed, or the patience is over.
+
+    Args:
+        action: what to do.
+        patience_s: how long it may be answered with errors.
+        away_patience_s: how long it may not be answered at all, if that is longer.
 
     Raises:
         FlopsError: of the last try.
     """
-    deadline = time.monotonic() + patience_s
+    now_s = time.monotonic()
+    deadline_s, away_deadline_s = now_s + patience_s, now_s + max(patience_s, away_patience_s)
     back_off_s = 0.1
     while True:
         try:
             return action()
         except FlopsError as exc:
-            if exc.code in _FINAL or time.monotonic() + back_off_s > deadline:
+            now_s = time.monotonic()
+            if exc.code in AWAY:  # when it is back, it has all the time again
+                deadline_s = now_s + patience_s
+            last_s = away_deadline_s if exc.code in AWAY else deadline_s
+            if exc.code in _FINAL or now_s + back_off_s > last_s:
                 raise
             _log.warning("trying again: %s", exc)
         time.sleep(back_off_s)

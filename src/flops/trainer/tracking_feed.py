@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from flops.core.ids import ProjectId
 from flops.core.project import Round
 from flops.errors import ErrorCode, FlopsError
 from flops.tracker_port import Tracker
+from flops.trainer.delivery import AWAY
 
 _log = logging.getLogger(__name__)
 _FIRST_BACK_OFF_S = 0.1
@@ -69,17 +71,23 @@ class TrackingFeed:
             self._rounds.extend(records)
             self._changed.notify_all()
 
-    def wait(self, patience_s: float) -> tuple[Tracker, TrackedRun]:
+    def wait(self, patience_s: float, *, away_patience_s: float = 0.0) -> tuple[Tracker, TrackedRun]:
         """Wait until everything is recorded.
+
+        Args:
+            patience_s: how long to wait.
+            away_patience_s: how long to wait, if that is longer, for a server that was there and does
+                not answer any more. One that never was there may have been named wrongly.
 
         Raises:
             FlopsError: ``tracking_failed``, with what the tracking server's last problem was.
         """
+        away_deadline_s = time.monotonic() + away_patience_s
         with self._changed:
-            is_done = self._changed.wait_for(
-                lambda: self._run is not None and self._recorded == len(self._rounds), patience_s
-            )
-            if is_done and self._tracker is not None and self._run is not None:
+            while not self._changed.wait_for(self._is_all_recorded, patience_s):
+                if not self._was_there_and_is_away() or time.monotonic() > away_deadline_s:
+                    break
+            if self._is_all_recorded() and self._tracker is not None and self._run is not None:
                 return self._tracker, self._run
             why = self._problem.message if self._problem else "it has not answered"
             raise FlopsError(
@@ -101,6 +109,12 @@ class TrackingFeed:
                 self._is_closing = True
                 self._changed.notify_all()
             self._thread.join(patience_s)
+
+    def _is_all_recorded(self) -> bool:
+        return self._run is not None and self._recorded == len(self._rounds)
+
+    def _was_there_and_is_away(self) -> bool:
+        return self._run is not None and self._problem is not None and self._problem.code in AWAY
 
     def _work(self) -> None:
         back_off_s = _FIRST_BACK_OFF_S

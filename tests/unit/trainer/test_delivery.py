@@ -94,6 +94,23 @@ def test_blobs_that_stay_away_are_told() -> None:
     assert caught.value.code is ErrorCode.UNREACHABLE
 
 
+def test_what_does_not_answer_is_waited_for_longer_than_what_answers_with_errors() -> None:
+    away = FlopsError(ErrorCode.UNREACHABLE, "It is away.")
+    broken = FlopsError(ErrorCode.TRACKING_FAILED, "It is broken.")
+    errors = [away, away, away, away]  # 1.5 s
+
+    def fail() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert patiently(fail, 0.3, away_patience_s=60) == "done"
+    errors.extend([broken] * 20)
+    with pytest.raises(FlopsError, match="It is broken"):
+        patiently(fail, 0.3, away_patience_s=60)
+    assert len(errors) > 15
+
+
 def test_patience_ends_at_once_where_it_cannot_help() -> None:
     calls = []
 

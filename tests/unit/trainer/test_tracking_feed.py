@@ -53,6 +53,26 @@ def test_what_was_missed_is_recorded_later() -> None:
     assert tracker.runs[PROJECT].status == "FAILED"
 
 
+def test_a_server_that_was_there_is_waited_for_longer_than_one_that_never_was() -> None:
+    tracker = MemoryTracker()
+    feed = make(lambda: tracker)
+    feed.wait(10)
+    tracker.problem = AWAY
+    feed.add([Round(number=1)])
+    back = threading.Timer(0.8, lambda: setattr(tracker, "problem", None))
+    back.start()
+    feed.wait(0.2, away_patience_s=60)
+    assert sorted(tracker.runs[PROJECT].rounds) == [1]
+    feed.close(is_success=True, patience_s=5)
+    back.join()
+
+    tracker.problem = AWAY
+    feed = make(lambda: tracker)
+    with pytest.raises(FlopsError):
+        feed.wait(0.2, away_patience_s=60)
+    feed.close(is_success=False, patience_s=0.1)
+
+
 def test_a_defect_of_the_tracker_is_told_and_does_not_end_the_feed() -> None:
     tracker = MemoryTracker()
     is_broken = threading.Event()
