@@ -21,7 +21,7 @@ from flops.core.events import (
     TrainingStarted,
 )
 from flops.core.ids import ServiceId
-from flops.core.project import Round, Stage, Training
+from flops.core.project import Project, Round, Stage, Training
 from flops.core.rounds import best_round
 from flops.core.service_moves import learner_ids, service_id
 from flops.core.sla import PostTrainingStep
@@ -88,6 +88,8 @@ def learner_joined(change: Change, event: LearnerJoined) -> None:
     )
     if project.training.round_now == 0:
         change.set(doing=_waiting(change, learners))
+    elif _lacks_learners(project):
+        change.set(doing=_training_or_waiting(change.project))
     change.note(
         f"A learner on {event.node} has joined with {event.rows} rows "
         f"({len(learners)} of {len(learner_ids(project))}).",
@@ -108,6 +110,10 @@ def learner_left(change: Change, event: LearnerLeft) -> None:
     if event.failure is not None:
         failures = {**project.service_failures, event.learner: event.failure}
         change.set(service_failures=failures)
+    if project.training.round_now == 0:
+        change.set(doing=_waiting(change, learners))
+    elif _lacks_learners(change.project):
+        change.set(doing=_training_or_waiting(change.project))
     change.note(
         f"The learner on {event.node} has left: {event.reason.rstrip('.')}. "
         f"{_count(len(learners), 'learner')} left.",
@@ -251,6 +257,24 @@ def _waiting(change: Change, joined: tuple[str, ...]) -> str:
     if len(joined) >= wanted:
         return "All learners have joined; the first round begins."
     return f"Waits for learners: {len(joined)} of {wanted} have joined."
+
+
+def _lacks_learners(project: Project) -> bool:
+    """Whether a round goes on that fewer learners than needed can take part in."""
+    training = project.training
+    if training is None or training.round_now <= len(training.history):
+        return False
+    return len(training.learners) < project.sla.training_configuration.min_fit_clients
+
+
+def _training_or_waiting(project: Project) -> str:
+    """What a project does in a round, after a learner has come or gone."""
+    training = project.training or Training(rounds_total=0)
+    round_ = f"round {training.round_now} of {training.rounds_total}"
+    if not _lacks_learners(project):
+        return f"Trains {round_} with {_count(len(training.learners), 'learner')}."
+    needed = project.sla.training_configuration.min_fit_clients
+    return f"Waits in {round_} for learners: {len(training.learners)} of the {needed} needed have joined."
 
 
 def _numbers(record: Round) -> str:

@@ -242,6 +242,23 @@ def test_learners_join_and_leave() -> None:
     assert sum("has left" in line for line in training.lines) == 1
 
 
+def test_a_round_that_lacks_learners_says_what_it_waits_for_and_since_when() -> None:
+    training = at(Stage.TRAINING, min_fit_clients=2)
+    joins = [life.LearnerJoined(learner=f"learner-p1-{n}", node="alpha", rows=9) for n in (1, 2)]
+    leaves = [life.LearnerLeft(learner=f"learner-p1-{n}", node="alpha", reason="gone") for n in (1, 2)]
+    assert "1 of 2 have joined" in training.happen(*joins, leaves[0]).project.doing
+    training.happen(joins[0], life.RoundStarted(round=1, rounds=3, learners=("learner-p1-1", "learner-p1-2")))
+    assert training.project.doing == "Trains round 1 of 3 with 2 learners."
+    training.happen(leaves[0])
+    waits = "Waits in round 1 of 3 for learners: 1 of the 2 needed have joined."
+    assert (training.project.doing, training.project.doing_since_s) == (waits, training.now_s)
+    assert "0 of the 2" in training.happen(leaves[1]).project.doing
+    assert training.happen(joins[0]).project.doing == waits
+    assert training.happen(joins[1]).project.doing == "Trains round 1 of 3 with 2 learners."
+    training.happen(completed(1), leaves[0])
+    assert training.project.doing.startswith("Round 1 of 3: ")
+
+
 @pytest.mark.parametrize(
     ("stage", "service"),
     [
