@@ -320,6 +320,20 @@ def test_a_failing_service_is_started_again_and_then_given_up(joined: PlayedNode
     assert len(lines) == 5
 
 
+def test_a_server_that_never_comes_up_is_given_up_but_not_one_that_has_served(
+    joined: PlayedNode, cluster: Cluster
+) -> None:
+    crash = "import os; os._exit(5)"
+    cluster.run(crash, "a", max_restarts=1_000, max_unheard_restarts=1)
+    status = cluster.wait_for(ServiceState.FAILED, "a")
+    assert (status.exit_code, status.restarts) == (5, 1)
+    assert status.error is not None
+    serve = f"events.tell('listening', address='h:1'); {crash}"
+    cluster.run(serve, "b", max_restarts=1_000, max_unheard_restarts=1)
+    until(lambda: cluster.status("b").restarts >= 2)
+    assert not cluster.status("b").state.is_final
+
+
 def test_a_service_that_needed_a_second_try_completes(joined: PlayedNode, cluster: Cluster) -> None:
     cluster.run(
         "import pathlib\ntry: pathlib.Path('tried').touch(exist_ok=False)\nexcept OSError: pass\nelse: 1 / 0",

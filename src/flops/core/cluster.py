@@ -170,6 +170,7 @@ class ServiceSpec(Value):
     model_environment: Digest | None = None  # lock blob of the environment that saves and serves models
     resources: Resources = Resources()
     max_restarts: int = 0  # restarts by the node after a failure, with back-off
+    max_unheard_restarts: int | None = None  # while it has never told that it listens; None: max_restarts
 
 
 class ServiceUsage(Value):

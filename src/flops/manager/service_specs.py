@@ -27,6 +27,7 @@ from flops.wire.services import (
 )
 
 _RESTARTS = 5  # after crashes; a service that tells why it fails is not helped by more
+_LOAD_RETRIES = 3  # of a model that has never been served
 
 
 def builder_spec(project: Project) -> ServiceSpec:
@@ -159,6 +160,7 @@ def _inference_spec(
         model_environment=_environment(project).model_lock,
         resources=learner_resources(project.sla.resource_constraints),
         max_restarts=1_000,  # it serves until somebody stops it
+        max_unheard_restarts=_LOAD_RETRIES,
     )
 
 

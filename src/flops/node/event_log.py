@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -85,17 +86,20 @@ class EventLogReader:
 
 def last_failure(path: Path, offset: int) -> dict[str, Any] | None:
     """The error of the last ``failed`` event that stands behind `offset`; None when there is none."""
-    error: dict[str, Any] | None = None
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                event = _parse(0, line)
-                if event.get("kind") == "failed" and isinstance(event.get("error"), dict):
-                    error = event["error"]
-    except OSError:
-        return error
-    return error
+    errors = [event.get("error") for event in _events_behind(path, offset) if event.get("kind") == "failed"]
+    return next((error for error in reversed(errors) if isinstance(error, dict)), None)
+
+
+def has_listened(path: Path) -> bool:
+    """Whether the service has ever told that it listens."""
+    return any(event.get("kind") == "listening" for event in _events_behind(path, 0))
+
+
+def _events_behind(path: Path, offset: int) -> Iterator[dict[str, Any]]:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            yield _parse(0, line)
 
 
 def _parse(number: int, line: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.log import log_context
 from flops.node.backoff import Backoff
 from flops.node.disk_guard import DiskGuard
-from flops.node.event_log import last_failure
+from flops.node.event_log import has_listened, last_failure
 from flops.node.preparation import Preparer
 from flops.node.service_folder import Progress, ServiceFolder
 from flops.ports import Runtime
@@ -220,13 +220,17 @@ class ServiceRunner:
             self._move(ServiceState.COMPLETED, "It has done its work.", exit_code=0)
             return False
         error = self._failure_of(ended)
-        if self.status.restarts >= self.spec.max_restarts:
+        if self.status.restarts >= self._max_restarts():
             self._fail(error, exit_code=ended.exit_code)
             return False
         detail = f"It is started again: {error['message']}"
         restarts = self.status.restarts + 1
         self._move(ServiceState.RESTARTING, detail, exit_code=ended.exit_code, error=error, restarts=restarts)
         return True
+
+    def _max_restarts(self) -> int:
+        most, unheard = self.spec.max_restarts, self.spec.max_unheard_restarts
+        return most if unheard is None or has_listened(self.folder.events) else min(most, unheard)
 
     def _failure_of(self, ended: ServiceStatus) -> dict[str, Any]:
         """What the user is told: what the service said itself, unless it was killed for want of memory."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flops.node import event_log
-from flops.node.event_log import WINDOW_LINES, EventLogReader, last_failure
+from flops.node.event_log import WINDOW_LINES, EventLogReader, has_listened, last_failure
 
 
 @pytest.fixture
@@ -102,6 +102,15 @@ def test_a_cluster_that_forgot_gets_it_again(log: Path, monkeypatch: pytest.Monk
     lines(reader)
     reader.acknowledge(0)
     assert lines(reader) == [1, 2, 3]
+
+
+def test_a_service_has_listened_since_it_first_told_so(log: Path) -> None:
+    assert not has_listened(log)
+    log.write_text('{"kind": "progress", "message": "listening"}\n')
+    assert not has_listened(log)
+    with log.open("a") as file:
+        file.write('no json\n{"kind": "listening", "address": "h:1"}\n{"kind": "failed"}\n')
+    assert has_listened(log)
 
 
 def test_the_last_failure_of_this_run_is_found(log: Path) -> None:
