@@ -14,6 +14,7 @@ from flops.adapters.http_server import HttpServer
 from flops.adapters.memory_store import MemoryProjectStore
 from flops.core.cluster import ServiceState
 from flops.core.ids import ProjectId, ServiceId
+from flops.core.output import Output
 from flops.core.project import Stage
 from flops.errors import CATALOGUE, ErrorCode
 from flops.manager.app import build_app
@@ -301,6 +302,25 @@ def test_logs_of_a_projects_services(api: Api) -> None:
     api.cluster.orchestrator.leave(node.id)
     assert "alpha" in api.client.get(path).json()["services"][0]["problem"]
     assert_error(api.client.get(path, params={"service": builder}), ErrorCode.NODE_LOST)
+
+
+def test_logs_of_services_are_fetched_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    project_id = api.create()
+    cluster = api.cluster
+    cluster.wait(project_id, lambda p: p.placement is not None)
+    cluster.build(project_id)
+    cluster.listen(project_id)
+    cluster.join_learners(project_id)
+    all_at_once = threading.Barrier(2, timeout=20)
+    fetch = cluster.orchestrator.service_logs
+
+    def fetch_together(*arguments: Any, **options: Any) -> Output:
+        all_at_once.wait()
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(cluster.orchestrator, "service_logs", fetch_together)
+    answer = api.client.get(f"{API}/projects/{project_id}/logs", params={"service": "learner"})
+    assert len(answer.json()["services"]) == 2
 
 
 def test_a_project_is_stopped_and_deleted(api: Api) -> None:
