@@ -97,6 +97,7 @@ class NodeSettings(Settings):
         11_027, ge=0, le=65_535, description="port of the ML data server; a free one if taken"
     )
     cache_mb: int = Field(20_480, ge=0, description="disk for cached environments and bundles, in MiB")
+    uv_cache_mb: int | None = Field(None, ge=0, description="size in MiB beyond which uv's cache is emptied")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
 

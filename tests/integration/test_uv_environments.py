@@ -22,6 +22,7 @@ import psutil
 import pytest
 import uv
 
+from flops.adapters.uv_cache import UvCache
 from flops.adapters.uv_environments import UvEnvironments
 from flops.command import StoppedError, stopped_when
 from flops.core.resolution import locked_versions
@@ -406,3 +407,46 @@ def test_a_version_that_the_index_does_not_list_for_a_moment_is_asked_for_again(
     python = site.environments().materialise(lock, report)
     assert python.exists()
     assert any("trying again" in message for message in told)
+
+
+def test_the_cache_is_emptied_beyond_its_limit_and_environments_stay_whole(site: Site) -> None:
+    make_wheel(site.wheels, "big", "1", data_bytes=3_000_000, modules=["big.code"])
+    lock, _, _ = site.environments().lock(site.repository("big\n"), "sklearn", ignore)
+    python = site.environments().materialise(lock, ignore)
+
+    def cache(max_bytes: int | None, **changes: str) -> UvCache:
+        return UvCache(Path(uv.find_uv_bin()), {**site.environ, **changes}, max_bytes)
+
+    size = cache(None).size_bytes()
+    assert size > 3_000_000
+    cache(None).shrink(is_disk_low=True)
+    cache(100_000_000).shrink(is_disk_low=False)
+    cache(1_000_000, UV_LINK_MODE="symlink").shrink(is_disk_low=True)
+    assert cache(None).size_bytes() > 3_000_000
+    cache(1_000_000).shrink(is_disk_low=False)
+    assert cache(None).size_bytes() < 1_000_000
+    assert subprocess.run([python, "-I", "-c", "import big.code, numpy"], check=False).returncode == 0
+    shutil.rmtree(site.root)
+    assert site.environments().materialise(lock, ignore).exists()
+
+
+def test_a_build_loses_nothing_when_the_cache_is_to_be_emptied(site: Site) -> None:
+    pid_file = site.folder / "pid"
+    lock = make_endless_source(site.wheels, pid_file)
+    is_needless = threading.Event()
+
+    def build() -> None:
+        with stopped_when(is_needless.is_set), pytest.raises(StoppedError):
+            site.environments().materialise(lock, ignore)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    try:
+        until(lambda: pid_file.exists() and pid_file.read_text() != "", "the build")
+        with pytest.raises(FlopsError) as caught, stopped_when(is_needless.is_set):
+            UvCache(Path(uv.find_uv_bin()), {**site.environ}, 0, lock_timeout_s=1).shrink(is_disk_low=False)
+        assert caught.value.code is not ErrorCode.INTERNAL
+        assert psutil.pid_exists(int(pid_file.read_text()))
+    finally:
+        is_needless.set()
+        thread.join(10)

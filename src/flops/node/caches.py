@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flops.command import stopped_when
 from flops.core.model import Value
 from flops.core.retention import Entry, Limits, bytes_allowed, choose_victims, keep_order
+from flops.errors import FlopsError
 from flops.node.disk_guard import folder_bytes, reserve_bytes
 from flops.ports import Clock
 from flops.retention_ports import Cache, Cached
@@ -19,6 +21,7 @@ from flops.retention_ports import Cache, Cached
 _LOOK_EVERY_S = 1.0
 _RETRY_S = 30.0  # after a look that found too much, and could give nothing back
 _LOW_RESERVES = 2  # caches give way while less than so many of the disk guard's reserves are free
+_SHRINK_EVERY_S = 600.0
 _MB = 1024**2
 
 _log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class NodeCaches:
         max_bytes: what all caches together may take on the disk.
         home: a folder on that disk.
         clock: says since when something was not used.
+        shrink_downloads: makes the caches of tools smaller that builds use; is told whether the disk is low.
     """
 
     def __init__(
@@ -53,12 +57,15 @@ class NodeCaches:
         max_bytes: int,
         home: Path,
         clock: Clock,
+        shrink_downloads: Callable[[bool], None] = lambda _is_disk_low: None,
     ) -> None:
         self._caches = tuple(caches)
         self._in_use = in_use
         self.max_bytes = max_bytes
         self._home = home
         self._clock = clock
+        self._shrink_downloads = shrink_downloads
+        self._shrunk_at_s = -_SHRINK_EVERY_S
         self._sizes: dict[str, int] = {}  # as measured last; a key is that of `_found`
         self._stuck: tuple[float, frozenset[str]] = (0.0, frozenset())  # until when, with what in use
         self._is_closed = threading.Event()
@@ -121,10 +128,21 @@ class NodeCaches:
         while not self._is_closed.is_set():
             try:
                 self.tend()
-            except OSError as exc:
+                self._tend_downloads()
+            except (OSError, FlopsError) as exc:
                 _log.warning("the caches cannot be looked after now: %s", exc)
                 self._is_closed.wait(_RETRY_S)
             self._is_closed.wait(_LOOK_EVERY_S)
+
+    def _tend_downloads(self) -> None:
+        disk = shutil.disk_usage(self._home)
+        is_low = disk.free < _LOW_RESERVES * reserve_bytes(disk.total)
+        pause_s = _RETRY_S if is_low else _SHRINK_EVERY_S
+        if time.monotonic() - self._shrunk_at_s < pause_s:
+            return
+        self._shrunk_at_s = time.monotonic()
+        with stopped_when(self._is_closed.is_set):
+            self._shrink_downloads(is_low)
 
     def _found(self) -> dict[str, tuple[Cache, Cached]]:
         return {

@@ -25,6 +25,7 @@ from flops.adapters.host_facts import LocalHost, memory_bytes
 from flops.adapters.node_link import client_tls, dial_cluster
 from flops.adapters.process_runtime import ProcessRuntime
 from flops.adapters.system_clock import SystemClock
+from flops.adapters.uv_cache import UvCache
 from flops.core.cluster import (
     IMAGE_BUILDER_ADDON,
     LEARNER_ADDON,
@@ -71,21 +72,26 @@ class NodeParts:
         kit_dir: folder with our modules for projects' environments.
         open_catalog: connects to the data server in a folder.
         caches: what the parts keep to use it again, and can make anew.
+        shrink_downloads: see `NodeCaches`.
     """
 
     environments: Environments
     kit_dir: Path
     open_catalog: Callable[[Path], DataCatalog]
     caches: tuple[Cache, ...] = ()
+    shrink_downloads: Callable[[bool], None] = lambda _is_disk_low: None
 
 
 def node_parts(paths: NodePaths) -> NodeParts:
     """The parts of a real node."""
+    limit_mb = NodeSettings.read().uv_cache_mb
+    limit = None if limit_mb is None else limit_mb * 1024**2
     return NodeParts(
         environments=open_environments(paths.environments),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
         caches=(EnvironmentFolders(paths.environments),),
+        shrink_downloads=UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit).shrink,
     )
 
 
@@ -181,6 +187,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         NodeSettings.read().cache_mb * 1024**2,
         paths.home,
         clock,
+        parts.shrink_downloads,
     )
     return NodeDaemon(facts, supervisor, addons, agent, caches, services, clock)
 
