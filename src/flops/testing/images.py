@@ -40,10 +40,16 @@ from flops.testing.waiting import until
 
 
 def make_layer(blobs: ImageBlobs, name: str, size: int = 1_000) -> Layer:
-    """A layer with one file of bytes that do not compress; the same name gives the same layer."""
+    """A layer with one file of bytes that do not compress; the same name gives the same layer.
+
+    Args:
+        blobs: where it is put.
+        name: of the file, in the folder ``files`` unless it begins with a slash.
+        size: of the file, in bytes.
+    """
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        info = tarfile.TarInfo(f"files/{name}")
+        info = tarfile.TarInfo(name[1:] if name.startswith("/") else f"files/{name}")
         info.size = size
         tar.addfile(info, io.BytesIO(random.Random(name).randbytes(size)))  # noqa: S311
     packed = gzip.compress(archive.getvalue(), 1, mtime=0)
@@ -71,7 +77,7 @@ class HandMadeBase:
         report(f"The base for {platform} is made by hand.")
         return BaseImage(
             platform=platform,
-            layers=(make_layer(blobs, f"base-{platform.architecture}"),),
+            layers=(make_layer(blobs, "/usr/bin/python3"), make_layer(blobs, platform.architecture)),
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
             interpreter="/usr/bin/python3",
             env={"PATH": "/usr/bin", "LANG": "C.UTF-8"},
