@@ -148,6 +148,25 @@ def test_a_model_is_registered_once_by_many(
     assert (models[0].name, models[0].version) == ("a_b_ c", "1")
 
 
+def test_projects_with_one_model_name_register_its_versions_and_no_number_comes_twice(
+    make_tracker: MakeTracker, project_id: ProjectId, tmp_path: Path
+) -> None:
+    (tmp_path / "MLmodel").write_text("flavors: {}\n")
+
+    def register(suffix: str) -> str:
+        tracker = make_tracker()
+        _, run_id = tracker.open_run(ProjectId(f"{project_id}{suffix}"), PARAMS, TAGS)
+        tracker.log_round(run_id, round_of(1))
+        versions = [tracker.log_model(run_id, tmp_path, round_of(1), "shared").version for _ in range(2)]
+        assert versions[0] == versions[1]
+        return versions[0]
+
+    assert [register("a"), register("b")] == ["1", "2"]
+    for suffix in "ab":
+        make_tracker().delete(ProjectId(f"{project_id}{suffix}"))
+    assert register("c") == "3"
+
+
 def test_an_attempt_from_the_beginning_is_a_run_of_its_own(
     make_tracker: MakeTracker, project_id: ProjectId
 ) -> None:

@@ -224,7 +224,7 @@ class MlflowTracker:
                     # By somebody in the GUI: what is deleted cannot be marked.
                     self._api.call("POST", "experiments/restore", {"experiment_id": experiment_id})
                 for run in self._search_runs(experiment_id, condition):
-                    self._unregister(run["info"]["run_id"])
+                    self._unregister(run["info"]["run_id"], project_id)
                 # A deleted experiment would keep its name taken.
                 new_name = f"{experiment['name'].partition(' (deleted')[0]} (deleted {experiment_id})"
                 body = {"experiment_id": experiment_id, "new_name": new_name}
@@ -473,12 +473,17 @@ class MlflowTracker:
         query = {"filter": f"run_id = '{run_id}'", "max_results": str(_PAGE)}
         return list(self._api.call("GET", "model-versions/search", query).get("model_versions", []))
 
-    def _unregister(self, run_id: str) -> None:
+    def _unregister(self, run_id: str, project_id: ProjectId) -> None:
+        """Remove a run's versions, and the model if it is the project's own.
+
+        One that several projects may share stays, even when it is empty: another one may be registering a
+        version right now, and numbers of versions are not used twice.
+        """
         versions = self._versions(run_id)
         for version in versions:
             body = {"name": version["name"], "version": str(version["version"])}
             self._api.call("DELETE", "model-versions/delete", body)
-        for name in {version["name"] for version in versions}:
+        for name in {version["name"] for version in versions if project_id in version["name"]}:
             answer = self._api.find("registered-models/get", {"name": name})
             model = answer["registered_model"] if answer is not None else {}
             is_ours = any(tag["key"] == "flops" for tag in model.get("tags", []))
