@@ -311,7 +311,7 @@ class BlobStreams(Blobs, Protocol):
 class MLRepos(Protocol):
     """Git repositories with training code."""
 
-    def resolve(self, url: str, ref: str | None, flavor: str) -> Repository:
+    def resolve(self, url: str, ref: str | None, flavor: str, *, needs_gpu: bool = False) -> Repository:
         """Pin a reference to a commit, check the repository contract, and store the tree as a bundle.
 
         Raises:
@@ -324,13 +324,16 @@ class MLRepos(Protocol):
 class Environments(Protocol):
     """Locked virtual environments on this machine, by the digest of their lock."""
 
-    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
+    def lock(
+        self, repo: Path, flavor: str, report: Callable[[str], None], *, needs_gpu: bool = False
+    ) -> tuple[str, str, Environment]:
         """Resolve a repository's dependency file; returns both locks' text, and the environment.
 
         Args:
             repo: folder of the unpacked repository.
             flavor: the MLflow flavor whose libraries are needed to save the model.
             report: is told each step, in one sentence.
+            needs_gpu: whether learners use GPUs; else CUDA is kept out.
 
         Raises: FlopsError: ``repo_contract_broken``, ``dependencies_invalid``, ``dependencies_unresolvable``,
             ``environment_build_failed``, ``unreachable``, ``timeout``, ``disk_full``.

@@ -28,7 +28,9 @@ class PlayedEnvironments:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
+    def lock(
+        self, repo: Path, flavor: str, report: Callable[[str], None], *, needs_gpu: bool = False
+    ) -> tuple[str, str, Environment]:
         raise NotImplementedError
 
     def materialise(self, lock: str, report: Callable[[str], None]) -> Path:

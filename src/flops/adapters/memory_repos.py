@@ -33,7 +33,7 @@ class MemoryRepos:
         else:
             self._errors[url] = error
 
-    def resolve(self, url: str, ref: str | None, flavor: str) -> Repository:
+    def resolve(self, url: str, ref: str | None, flavor: str, *, needs_gpu: bool = False) -> Repository:
         """Find the tree at a URL and reference.
 
         Raises:
@@ -46,7 +46,7 @@ class MemoryRepos:
         if (url, ref) not in self._trees:
             raise FlopsError(ErrorCode.REPO_REF_NOT_FOUND, f"The repository {url} has no {ref}.")
         tree, dependencies = self._trees[url, ref]
-        key = hashlib.sha256(f"{dependencies}\n{flavor}".encode()).hexdigest()
+        key = hashlib.sha256(f"{dependencies}\n{flavor}\n{needs_gpu}".encode()).hexdigest()
         return Repository(
             commit=hashlib.sha1(tree, usedforsecurity=False).hexdigest(),
             bundle=self._blobs.put(tree),

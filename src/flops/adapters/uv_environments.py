@@ -12,7 +12,6 @@ again: seconds each time. Compiling everything installed would take three times 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import platform
@@ -37,7 +36,9 @@ from flops.adapters.uv_program import (
     release_of,
     uv_error,
 )
+from flops.adapters.uv_resolver import CPU_BACKEND, UvResolver
 from flops.command import Completed, run_command, stop_if_needless
+from flops.core.cuda import cpu_builds
 from flops.core.ids import Digest
 from flops.core.ml_repository import environment_key, read_ml_repository
 from flops.core.project import Environment
@@ -47,7 +48,6 @@ from flops.core.resolution import (
     Solution,
     UnsolvableError,
     allow_only,
-    essence,
     locked_versions,
     solve,
 )
@@ -112,13 +112,16 @@ class UvEnvironments:
         self._lock_timeout_s = lock_timeout_s
         self._build_timeout_s = build_timeout_s
 
-    def lock(self, repo: Path, flavor: str, report: Report) -> tuple[str, str, Environment]:
+    def lock(
+        self, repo: Path, flavor: str, report: Report, *, needs_gpu: bool = False
+    ) -> tuple[str, str, Environment]:
         """Resolve a repository's dependency file; returns both locks' text, and the environment.
 
         Args:
             repo: folder of the unpacked repository.
             flavor: the MLflow flavor whose libraries are needed to save the model.
             report: is told each step, in one sentence.
+            needs_gpu: whether learners use GPUs; else CUDA is kept out.
 
         Raises:
             FlopsError: ``repo_contract_broken``, ``dependencies_invalid``, ``dependencies_unresolvable``;
@@ -129,24 +132,31 @@ class UvEnvironments:
         dependencies = repository.dependencies
         python, minor, python_notes = self._choose_python(dependencies)
         report(f"Resolving {dependencies.file} for Python {minor}.")
+        resolver = UvResolver(self._uv, python, needs_gpu=needs_gpu, timeout_s=self._lock_timeout_s)
         needed = repository.platform_requirements
-        project = self._lock_project(dependencies, needed, python)
+        project = self._lock_project(resolver, dependencies, needed)
         report(f"Locked {len(locked_versions(project.lock))} packages for the learners.")
         needed = (*needed, *model_requirements(flavor, self._mlflow_version))
-        model = self._lock_model(project, dependencies, needed, python)
+        model = self._lock_model(resolver, project, dependencies, needed)
         report(f"Locked {len(locked_versions(model.lock))} packages to save and serve the model.")
         imports = (*_KIT_IMPORTS, *repository.imports)
         lock_text = _with_header(project.lock, minor, imports)
         model_text = _with_header(model.lock, minor, (*imports, f"mlflow.{flavor}", *_MODEL_IMPORTS))
         key = environment_key(
-            repository, flavor, mlflow_version=self._mlflow_version, platform=this_platform()
+            repository,
+            flavor,
+            mlflow_version=self._mlflow_version,
+            platform=this_platform(),
+            needs_gpu=needs_gpu,
         )
+        builds = cpu_builds(model.lock)
+        without_cuda = (f"Without CUDA, as no GPU is asked for: {', '.join(builds)}.",) if builds else ()
         environment = Environment(
             key=key,
             lock=_digest(lock_text),
             model_lock=_digest(model_text),
             python=minor,
-            notes=(*dependencies.notes, *python_notes, *project.notes, *model.notes),
+            notes=(*dependencies.notes, *python_notes, *without_cuda, *project.notes, *model.notes),
         )
         return lock_text, model_text, environment
 
@@ -208,6 +218,10 @@ class UvEnvironments:
                 interpreter = str(folder / "bin" / "python")
                 sync = ["pip", "sync", "--require-hashes", "--python", interpreter, str(file)]
                 done = run(sync)
+                if _NOT_LISTED.search(done.errors) and cpu_builds(lock):  # locked from PyTorch's own index?
+                    report("Looking for builds without CUDA in PyTorch's own index.")
+                    other = run([*sync, *CPU_BACKEND])
+                    done = other if other.exit_code == 0 else done
                 for _ in range(_MORE_TRIES):
                     if done.exit_code == 0 or not _NOT_LISTED.search(done.errors):
                         break
@@ -240,19 +254,19 @@ class UvEnvironments:
             if name in names:
                 report(f"A module cannot be imported in the new environment: {line[:300]}")
 
-    def _lock_project(self, dependencies: Dependencies, needed: Sequence[str], python: Path) -> Solution:
-        attempt = functools.partial(self._attempt, python)
+    def _lock_project(
+        self, resolver: UvResolver, dependencies: Dependencies, needed: Sequence[str]
+    ) -> Solution:
+        asked, own = Problem(dependencies.requirements, tuple(needed)), Problem(dependencies.requirements)
         try:
-            solution = solve(Problem(dependencies.requirements, tuple(needed)), attempt)
+            solution = solve(asked, resolver.lock)
         except UnsolvableError as exc:
-            raise _unresolvable(dependencies.file, python, exc) from exc
-        if (
-            solution.notes
-        ):  # was something given up for us, or do the user's own requirements not go together?
+            raise resolver.explain(dependencies.file, asked, exc) from exc
+        if solution.notes:  # was something given up for us, or do the user's own not go together?
             try:
-                attempt(Problem(dependencies.requirements))
+                resolver.lock(own)
             except UnsolvableError as exc:
-                raise _unresolvable(dependencies.file, python, exc) from exc
+                raise resolver.explain(dependencies.file, own, exc) from exc
         lock, missing = allow_only(solution.lock, dependencies.hashes)
         if missing:
             raise FlopsError(
@@ -262,33 +276,16 @@ class UvEnvironments:
         return replace(solution, lock=lock)
 
     def _lock_model(
-        self, project: Solution, dependencies: Dependencies, needed: Sequence[str], python: Path
+        self, resolver: UvResolver, project: Solution, dependencies: Dependencies, needed: Sequence[str]
     ) -> Solution:
         own = tuple(text for text in project.own if name_of(text) not in MLFLOW_NAMES)
         pins = {name: v for name, v in locked_versions(project.lock).items() if name not in MLFLOW_NAMES}
+        asked = Problem(own, tuple(needed), pins)
         try:
-            solution = solve(Problem(own, tuple(needed), pins), functools.partial(self._attempt, python))
+            solution = solve(asked, resolver.lock)
         except UnsolvableError as exc:
-            raise _unresolvable(f"{dependencies.file}, together with MLflow,", python, exc) from exc
+            raise resolver.explain(f"{dependencies.file}, together with MLflow,", asked, exc) from exc
         return replace(solution, lock=allow_only(solution.lock, dependencies.hashes)[0])
-
-    def _attempt(self, python: Path, problem: Problem) -> str:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            (folder / "requirements.in").write_text(
-                "".join(f"{t}\n" for t in (*problem.own, *problem.needed))
-            )
-            pins = "".join(f"{name}=={version}\n" for name, version in sorted(problem.pins.items()))
-            (folder / "pins.txt").write_text(pins)
-            options = ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
-            options += ["--no-emit-index-url", "--no-emit-find-links", "--constraint", "pins.txt"]
-            command = ["pip", "compile", "requirements.in", "--python", str(python), *options]
-            done = self._uv.run(command, folder, self._lock_timeout_s)
-        if done.exit_code != 0:
-            if "No solution found" in done.errors:
-                raise UnsolvableError(done.errors)
-            raise uv_error(done, "The dependencies cannot be resolved")
-        return done.output.decode()
 
     def _choose_python(self, dependencies: Dependencies) -> tuple[Path, str, tuple[str, ...]]:
         """Interpreter, its major.minor, and notes; what is asked for when the machine has it."""
@@ -335,11 +332,3 @@ def _read_folder(repo: Path) -> dict[str, bytes]:
         return {str(path.relative_to(repo)): path.read_bytes() for path in {*root, *code}}
     except OSError as exc:
         raise file_error(exc, repo) from exc
-
-
-def _unresolvable(what: str, python: Path, exc: UnsolvableError) -> FlopsError:
-    return FlopsError(
-        ErrorCode.DEPENDENCIES_UNRESOLVABLE,
-        f"{what} cannot be resolved for {python.name}: {essence(str(exc))}",
-        details={"output": str(exc)[-4_000:]},
-    )

@@ -37,6 +37,10 @@ class UvProgram:
         self._uv = uv
         self.environ = _tool_environment(environ)
 
+    def having(self, **environ: str) -> UvProgram:
+        """The same program with more in its environment."""
+        return UvProgram(self._uv, {**self.environ, **environ})
+
     def run(
         self,
         arguments: Sequence[str],

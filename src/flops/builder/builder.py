@@ -60,7 +60,9 @@ def _build(
     def report(message: str) -> None:
         events.tell("progress", message=message)
 
-    lock, model_lock, environment = environments.lock(Path(context.repo_dir), config.flavor, report)
+    lock, model_lock, environment = environments.lock(
+        Path(context.repo_dir), config.flavor, report, needs_gpu=config.needs_gpu
+    )
     for note in environment.notes:
         report(note)
     with ThreadPoolExecutor(2) as pool:

@@ -63,7 +63,7 @@ def read_ml_repository(files: Mapping[str, bytes]) -> MLRepository:
 
 
 def environment_key(
-    repository: MLRepository, flavor: str, *, mlflow_version: str, platform: str
+    repository: MLRepository, flavor: str, *, mlflow_version: str, platform: str, needs_gpu: bool
 ) -> EnvironmentKey:
     """The key under which the repository's locked environment is known.
 
@@ -74,6 +74,7 @@ def environment_key(
         flavor: the MLflow flavor of its model.
         mlflow_version: the MLflow that saves models.
         platform: machine and Python that environments are locked for.
+        needs_gpu: whether CUDA may be in it.
     """
     dependencies = repository.dependencies
     content = {
@@ -84,6 +85,7 @@ def environment_key(
         "model": model_requirements(flavor, mlflow_version),
         "flavor": flavor,
         "platform": platform,
+        "gpu": needs_gpu,
     }
     return EnvironmentKey(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
 

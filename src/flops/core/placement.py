@@ -111,8 +111,10 @@ def _place_learners(sla: ProjectSla, nodes: Sequence[Node]) -> tuple[NodeId, ...
 
 
 def _learner_room(sla: ProjectSla, node: Node) -> int:
-    """How many learners fit on a capable node: each needs its memory, and a row of its own."""
+    """How many learners fit on a capable node: each needs its memory, its GPUs, and a row of its own."""
     rows = node.rows_of(sla.training_configuration.data_tags)
+    if vgpus := sla.resource_constraints.vgpus:
+        rows = min(rows, len(node.facts.gpus) // vgpus)
     if not node.facts.memory_mb:
         return rows
     return min(rows, node.facts.memory_mb // _memory_mb(learner_resources(sla.resource_constraints)))
@@ -133,6 +135,7 @@ def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
             _addon_obstacle(node, LEARNER_ADDON)
             or _rows_obstacle(node, tags)
             or _resource_obstacle(node, sla, learner_resources(sla.resource_constraints))
+            or _gpu_obstacle(node, sla.resource_constraints.vgpus)
         )
 
     return obstacle
@@ -189,8 +192,15 @@ def _resource_obstacle(node: Node, sla: ProjectSla, resources: Resources) -> str
     return ""
 
 
+def _gpu_obstacle(node: Node, asked: int) -> str:
+    gpus = len(node.facts.gpus)
+    if gpus >= asked:
+        return ""
+    return f"{gpus or 'no'} GPU{'' if gpus == 1 else 's'}, vgpus asks for {asked}"
+
+
 def _full(learners: int) -> str:
-    return f"takes {learners} learner{'s' if learners != 1 else ''}, its memory or rows allow no more"
+    return f"takes {learners} learner{'s' if learners != 1 else ''}, its memory, GPUs or rows allow no more"
 
 
 def _memory_mb(resources: Resources) -> int:

@@ -120,11 +120,15 @@ class TrainingConfiguration(StrictValue):
 
 
 class ResourceConstraints(StrictValue):
-    """Limits of each learner and aggregator: MB of memory, CPUs, MB of storage (0: unlimited)."""
+    """Limits of each learner and aggregator: MB of memory, CPUs, MB of storage (0: unlimited).
+
+    `vgpus` are of learners only, and decide whether environments have CUDA.
+    """
 
     memory: Annotated[int, Field(ge=1, le=16_000_000)] = 100
     vcpus: Annotated[float, Field(gt=0, le=4_096)] = 1
     storage: Annotated[int, Field(ge=0)] = 0
+    vgpus: Annotated[int, Field(ge=0, le=64)] = 0
 
 
 class ProjectSla(StrictValue):

@@ -101,7 +101,10 @@ class EffectRunner:
 
     def _resolve_repository(self, project: Project, _effect: Effect) -> LifecycleEvent:
         sla = project.sla
-        repository = self._repos.resolve(sla.ml_repo_url, sla.ml_repo_ref, sla.ml_model_flavor.value)
+        needs_gpu = sla.resource_constraints.vgpus > 0
+        repository = self._repos.resolve(
+            sla.ml_repo_url, sla.ml_repo_ref, sla.ml_model_flavor.value, needs_gpu=needs_gpu
+        )
         environment = self._store.find_environment(repository.environment_key)
         if environment is not None and not self._is_stored(environment):
             environment = None

@@ -36,7 +36,9 @@ def builder_spec(project: Project) -> ServiceSpec:
     if placement.builder is None:
         raise _missing(project, "a node for its builder")
     config = BuilderConfig(
-        flavor=project.sla.ml_model_flavor.value, environment_key=repository.environment_key
+        flavor=project.sla.ml_model_flavor.value,
+        environment_key=repository.environment_key,
+        needs_gpu=project.sla.resource_constraints.vgpus > 0,
     )
     return ServiceSpec(
         id=make_service_id(ServiceKind.BUILDER.value, project.id),

@@ -13,6 +13,7 @@ class BuilderConfig(Value):
 
     flavor: str
     environment_key: str
+    needs_gpu: bool = False
 
 
 class AggregatorConfig(Value):

@@ -26,8 +26,10 @@ class FixedEnvironments:
         self._error = error
         self.built: list[str] = []
 
-    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
-        report(f"Resolving {repo.name} for {flavor}.")
+    def lock(
+        self, repo: Path, flavor: str, report: Callable[[str], None], *, needs_gpu: bool = False
+    ) -> tuple[str, str, Environment]:
+        report(f"Resolving {repo.name} for {flavor}{', with CUDA' if needs_gpu else ''}.")
         texts = ("# python 3.11\na\n", "# python 3.11\nb\n")
         lock, model_lock = (Digest(hashlib.sha256(text.encode()).hexdigest()) for text in texts)
         return *texts, Environment(
@@ -79,7 +81,7 @@ def server() -> Iterator[BlobServer]:
         thread.join()
 
 
-def context_in(folder: Path, port: int) -> ActorContext:
+def context_in(folder: Path, port: int, **config: object) -> ActorContext:
     return ActorContext(
         service_id="builder-p1",
         project_id="p1",
@@ -88,7 +90,7 @@ def context_in(folder: Path, port: int) -> ActorContext:
         blobs_url=f"http://127.0.0.1:{port}/api/blobs",
         repo_dir=str(folder / "repository"),
         environments_dir=str(folder / "environments"),
-        config={"flavor": "sklearn", "environment_key": "the-key"},
+        config={"flavor": "sklearn", "environment_key": "the-key", **config},
     )
 
 
@@ -125,6 +127,13 @@ def test_the_environment_is_told_when_its_locks_are_stored(
     }
     assert sorted(environments.built) == ["# python 3.11\na\n", "# python 3.11\nb\n"]
     assert roots == [tmp_path / "environments"]
+
+
+def test_cuda_comes_along_where_gpus_are_asked_for(tmp_path: Path, server: BlobServer) -> None:
+    context = context_in(tmp_path, server.server_port, needs_gpu=True)
+    main(context, EventLog(tmp_path), lambda _: FixedEnvironments())
+    messages = [event.message for event in events_in(tmp_path) if isinstance(event, Progress)]
+    assert "Resolving repository for sklearn, with CUDA." in messages
 
 
 def test_what_cannot_be_built_is_not_stored(tmp_path: Path, server: BlobServer) -> None:

@@ -59,9 +59,17 @@ def test_code_beside_the_contract_may_be_anything() -> None:
 
 
 def test_the_key_depends_on_what_is_installed() -> None:
-    def key(text: bytes = b"", flavor: str = "sklearn", mlflow: str = "3.1", platform: str = "p") -> str:
+    def key(
+        text: bytes = b"",
+        flavor: str = "sklearn",
+        mlflow: str = "3.1",
+        platform: str = "p",
+        needs_gpu: bool = False,
+    ) -> str:
         repository = read_ml_repository(files(model_manager=MODEL + text))
-        return environment_key(repository, flavor, mlflow_version=mlflow, platform=platform)
+        return environment_key(
+            repository, flavor, mlflow_version=mlflow, platform=platform, needs_gpu=needs_gpu
+        )
 
     assert key() == key(b"x = 1\n")
     loads = b"from flops_utils.ml_repo_building_blocks import load_dataset\n"
@@ -71,5 +79,6 @@ def test_the_key_depends_on_what_is_installed() -> None:
         key(mlflow="3.2"),
         key(platform="q"),
         key(b"import mlflow\n"),
+        key(needs_gpu=True),
     }
-    assert len(others | {key()}) == 6
+    assert len(others | {key()}) == 7

@@ -61,6 +61,18 @@ def test_a_node_takes_no_more_learners_than_it_has_rows_or_memory_for() -> None:
     assert Counter(placement.learners) == {"id-b": 3, "id-a": 1}
 
 
+def test_gpus_are_for_learners_and_are_not_shared() -> None:
+    sla = sla_with(min_available_clients=2)
+    sla = sla.model_copy(update={"resource_constraints": ResourceConstraints(vgpus=1)})
+    nodes = [node_with("none"), node_with("two", gpus=("T4", "T4")), node_with("one", gpus=("T4",))]
+    placement = place_project(sla, nodes, needs_build=False)
+    assert placement.learners == ("id-two", "id-one")
+    assert place_project(sla, nodes[:2], needs_build=False).learners == ("id-two", "id-two")
+    error = refusal(sla, [nodes[0], nodes[2]], needs_build=False)
+    assert "none: no GPUs, vgpus asks for 1" in error.message
+    assert "one: takes 1 learner" in error.message
+
+
 def test_the_refusal_says_which_condition_failed_on_which_node() -> None:
     unhealthy = node_with("sick").model_copy(
         update={

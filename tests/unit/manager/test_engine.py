@@ -12,13 +12,13 @@ import pytest
 from flops.adapters.memory_store import MemoryProjectStore
 from flops.adapters.memory_tracker import MemoryTracker
 from flops.adapters.sql_store import SqlProjectStore
-from flops.core.cluster import AddonState, ServiceKind, ServiceState
+from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, AddonState, ServiceKind, ServiceState
 from flops.core.effects import Effect, EffectKind
 from flops.core.ids import NodeId, ProjectId, ServiceId
 from flops.core.project import Project, ProjectEvent, Stage
-from flops.core.sla import MockDataSla, parse_mock_data_sla
+from flops.core.sla import MockDataSla, ResourceConstraints, parse_mock_data_sla
 from flops.errors import ErrorCode, FlopsError
-from flops.testing.projects import REPO_URL, PlayedCluster, played_cluster, raw_sla, sla_with
+from flops.testing.projects import REPO_URL, PlayedCluster, node_with, played_cluster, raw_sla, sla_with
 from flops.testing.waiting import until
 
 
@@ -120,6 +120,22 @@ def test_the_services_get_what_they_need() -> None:
         assert inference.bundle == cluster.blobs.put(b"model")
         assert inference.model_environment == environment.model_lock
         assert specs[ServiceId(f"builder-{project.id}")].node_id == "id-alpha"
+
+
+def test_asking_for_gpus_asks_for_another_environment() -> None:
+    with played_cluster() as cluster:
+        cluster.orchestrator.join(
+            node_with("gpu", addons=(LEARNER_ADDON, IMAGE_BUILDER_ADDON), gpus=("T4", "T4"))
+        )
+        keys = {}
+        for vgpus in (0, 1):
+            resources = ResourceConstraints(vgpus=vgpus)
+            project = cluster.engine.submit(sla_with().model_copy(update={"resource_constraints": resources}))
+            builder = cluster.wait_for_service(f"builder-{project.id}")
+            (spec,) = [s.spec for s in cluster.orchestrator.services(project.id) if s.spec.id == builder]
+            assert spec.config["needs_gpu"] == (vgpus > 0)
+            keys[vgpus] = spec.config["environment_key"]
+        assert keys[0] != keys[1]
 
 
 def test_learners_on_one_node_share_its_data() -> None:

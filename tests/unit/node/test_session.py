@@ -127,7 +127,9 @@ class MemoryRuntime:
 
 
 class NoEnvironments:
-    def lock(self, repo: Path, flavor: str, report: Callable[[str], None]) -> tuple[str, str, Environment]:
+    def lock(
+        self, repo: Path, flavor: str, report: Callable[[str], None], *, needs_gpu: bool = False
+    ) -> tuple[str, str, Environment]:
         raise NotImplementedError
 
     def materialise(self, lock: str, report: Callable[[str], None]) -> Path:

@@ -66,8 +66,9 @@ class MLReposContract:
         url = publish(REPOSITORY, None)
         keys = {repos.resolve(url, None, flavor).environment_key for flavor in ("sklearn", "pytorch")}
         changed = {**REPOSITORY, "requirements.txt": "numpy<3\n"}
+        keys.add(repos.resolve(url, None, "sklearn", needs_gpu=True).environment_key)
         keys.add(repos.resolve(publish(changed, None), None, "sklearn").environment_key)
-        assert len(keys) == 3
+        assert len(keys) == 4
 
     def test_another_reference_is_found(self, repos: MLRepos, publish: Publish) -> None:
         default = repos.resolve(publish(REPOSITORY, None), None, "sklearn")
