@@ -15,6 +15,7 @@ from flops.testing.training_stage import AGGREGATOR, PROJECT, TrainingStage
 FIT = "self.center += ("
 RAISES = {FIT: f"import time; raise RuntimeError(f'raised at {{time.time():.3f}}')\n        {FIT}"}
 CLOSING_S = 3.0  # how long an aggregator waits for its tracking server at the end
+LOOKING_S = 5.0  # how long a learner looks for its aggregator to tell it that it failed
 BOUND_S = 10.0  # for a machine that is busy with other things
 
 
@@ -83,3 +84,13 @@ def test_before_a_run_is_closed_whose_tracking_server_is_away(stage: TrainingSta
     told = stage.await_event(AGGREGATOR, "learner_failed")
     assert failed["time_s"] - told["time_s"] < CLOSING_S
     assert len(stage.events(AGGREGATOR, "failed")) == 1
+
+
+def test_before_the_aggregator_is_looked_for_when_code_cannot_be_loaded(stage: TrainingStage) -> None:
+    (port,) = free_ports(1)  # no aggregator is there to be told
+    repo = stage.repo(model_manager="import time; raise RuntimeError(f'raised at {time.time():.3f}')\n")
+    learner = stage.start_learner(0, repo, aggregator=f"127.0.0.1:{port}")
+    failed = stage.await_event(f"learner-{PROJECT}-0", "failed")
+    assert learner.wait(20) == CATALOGUE[ErrorCode.USER_CODE_FAILED].exit_code
+    assert seconds_since_the_raise(failed) < LOOKING_S
+    assert len(stage.events(f"learner-{PROJECT}-0", "failed")) == 1

@@ -96,7 +96,7 @@ def main(context: ActorContext, events: EventLog) -> None:
         with heartbeats(functools.partial(dial.connect, {"is_loading": True}), patience_s, give_up):
             repo, rows = _load(context, events)
     except FlopsError as exc:
-        _tell_failure(dial, context.disclosed(exc))
+        _tell_failure(dial, events, context.disclosed(exc))
         raise
     events.tell("progress", message=f"Loaded {rows:,} rows; joining the aggregator at {dial.address}.")
     back_off_s = _FIRST_BACK_OFF_S
@@ -153,14 +153,13 @@ def _give_up(dial: _Dial, context: ActorContext, events: EventLog, loading_threa
         },
     )
     log_failure(error)
-    told = context.disclosed(error)
-    events.tell("failed", error=told.to_dict())
-    _tell_failure(dial, told)
+    _tell_failure(dial, events, context.disclosed(error))
     os._exit(error.spec.exit_code)
 
 
-def _tell_failure(dial: _Dial, error: FlopsError) -> None:
-    """Let the aggregator know, if it is there: it may be waiting for this learner."""
+def _tell_failure(dial: _Dial, events: EventLog, error: FlopsError) -> None:
+    """Tell users, and then the aggregator, if it is there: it may be waiting for this learner."""
+    events.tell_failure(error)
     deadline = time.monotonic() + _TELL_FAILURE_S
     while time.monotonic() < deadline:
         with (
