@@ -25,7 +25,8 @@ from flops.errors import ErrorCode, FlopsError
 from flops.tracker_port import Tracker
 from flops.trainer.checkpoint import CheckpointStore
 from flops.trainer.delivery import keep_best, pack, patiently, store_bundle
-from flops.trainer.links import LearnerServer, Link
+from flops.trainer.gathering import JOIN_PATIENCE_S, Gathering
+from flops.trainer.links import LearnerServer, Link, Loader
 from flops.trainer.ml_repo import read_parameters
 from flops.trainer.model_process import ModelProcess
 from flops.trainer.round_runner import RoundRunner
@@ -35,13 +36,11 @@ from flops.wire.services import AggregatorConfig
 from flops.wire.training import Array
 
 _log = logging.getLogger(__name__)
-_JOIN_PATIENCE_S = 1_800.0  # environments of learners are built meanwhile
 _REJOIN_PATIENCE_S = 10.0  # of a restarted aggregator, for learners beyond the needed ones
 _TRACKING_PATIENCE_S = 300.0
 _STORE_PATIENCE_S = 300.0
 _AWAY_PATIENCE_S = 86_400.0  # of the two above: a network may be down for hours, and nothing is lost for it
 _CLOSE_PATIENCE_S = 3.0
-_MAY_PASS = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT})  # a learner is started anew after these
 _PORT_FILE = "port"
 
 
@@ -90,7 +89,7 @@ class Training:
         events: where progress is told.
         tracker_factory: makes the tracker for a tracking URI.
         environ: environment that children start from.
-        join_patience_s: longest wait for the first ``min_available_clients`` learners.
+        join_patience_s: longest time in which nobody loads and too few have joined for the first round.
     """
 
     def __init__(
@@ -101,12 +100,11 @@ class Training:
         tracker_factory: Callable[[str], Tracker],
         environ: Mapping[str, str],
         *,
-        join_patience_s: float = _JOIN_PATIENCE_S,
+        join_patience_s: float = JOIN_PATIENCE_S,
     ) -> None:
         self._context = context
         self._config = config
         self._events = events
-        self._join_patience_s = max(join_patience_s, config.round_timeout_s)
         self._work_dir = Path(context.work_dir)
         self._environ = {**environ, "PYTHONPATH": context.kit_dir}
         self._strategy = RoundStrategy(config.strategy)
@@ -115,6 +113,7 @@ class Training:
         self._children: list[ModelProcess] = []
         self._is_successful = False
         self._server = self._listen()
+        self._gathering = Gathering(self._server, config, tell=self._tell, patience_s=join_patience_s)
         self._feed = TrackingFeed(
             lambda: tracker_factory(config.tracking_uri),
             ProjectId(config.project_id),
@@ -136,8 +135,8 @@ class Training:
             self._strategy,
             self._config,
             tell=self._tell,
-            on_failure=self._tell_failure,
             on_start=self._tell_round,
+            on_failure=self._tell_failure,
         )
         while not self._is_over():
             finished = runner.run(len(self._history) + 1, parameters)
@@ -185,6 +184,7 @@ class Training:
                 self._config.learner_token,
                 on_join=self._tell_join,
                 on_leave=self._tell_leave,
+                on_lost_loader=self._tell_lost_loader,
             )
         except FlopsError as exc:
             _log.warning("%s", exc)
@@ -209,39 +209,9 @@ class Training:
             doing="makes the model's first parameters",
             code=ErrorCode.USER_CODE_FAILED,
         )
-        self._await_learners(child)
+        self._gathering.wait(lambda: child.has_failed)
         child.wait()
         return read_parameters(target)
-
-    def _await_learners(self, child: ModelProcess) -> None:
-        needed = self._config.min_available_clients
-        self._tell(f"Waiting for {needed} learner{'s' if needed > 1 else ''} to join.")
-
-        def is_decided() -> bool:
-            return len(self._server.joined()) >= needed or child.has_failed or self._fatal() is not None
-
-        is_in_time = self._server.wait_until(is_decided, self._join_patience_s)
-        if child.has_failed:
-            child.wait()
-        fatal = self._fatal()
-        if fatal is not None and len(self._server.joined()) < needed:
-            raise fatal
-        if not is_in_time:
-            joined = ", ".join(link.learner for link in self._server.joined()) or "none"
-            refused = "; ".join(f"{k}: {e.message}" for k, (_, e) in self._server.refusals().items())
-            raise FlopsError(
-                ErrorCode.TOO_FEW_LEARNERS,
-                f"{needed} learners are needed to begin; joined within {self._join_patience_s:g} s: {joined}."
-                f"{f' {refused}' if refused else ''}",
-            )
-
-    def _fatal(self) -> FlopsError | None:
-        """The error of a learner that cannot load its code or data, whatever is done."""
-        for learner, (node, error) in self._server.refusals().items():
-            if error.code not in _MAY_PASS:
-                error.details.update(learner=learner, node=node)
-                return error
-        return None
 
     def _await_return(self) -> None:
         """After a restart: give all learners the time to dial again; the rounds need fewer."""
@@ -332,6 +302,9 @@ class Training:
 
     def _tell_leave(self, link: Link, reason: str) -> None:
         self._events.tell("learner_left", learner=link.learner, node=link.node, reason=reason)
+
+    def _tell_lost_loader(self, loader: Loader) -> None:
+        self._tell(f"{loader.learner} on {loader.node} has gone while it loaded its code and data.")
 
 
 def _parse(context: ActorContext) -> AggregatorConfig:
