@@ -11,6 +11,7 @@ from flops.core.ids import Digest
 from flops.core.image_reference import ImageReference
 from flops.core.images import BaseImage, Descriptor, ImageRun, Platform
 from flops.ports import BlobStreams
+from flops.retention_ports import KeptBlobs
 
 Report = Callable[[str], None]
 
@@ -32,6 +33,10 @@ class ImageBlobs(BlobStreams, Protocol):
     def remove(self, digest: Digest) -> None:
         """Remove a blob; nothing happens when it is not there. Who reads it may finish."""
         ...
+
+
+class KeptImageBlobs(ImageBlobs, KeptBlobs, Protocol):
+    """Parts of images that are kept while they are needed, and a while longer."""
 
 
 class Registry(Protocol):

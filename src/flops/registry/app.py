@@ -29,7 +29,8 @@ from flops.core.ids import Digest
 from flops.core.image_reference import DIGEST, TAG, is_name
 from flops.core.images import MANIFEST, MAX_MANIFEST_BYTES
 from flops.errors import ErrorCode, FlopsError
-from flops.image_ports import ImageBlobs
+from flops.image_ports import KeptImageBlobs
+from flops.ports import Clock
 from flops.registry.refusals import RefusedError, answer_error, answer_refusal
 from flops.registry.repositories import Repositories
 from flops.registry.uploads import Uploads, UploadSession
@@ -47,8 +48,9 @@ _log = logging.getLogger(__name__)
 
 
 def build_registry(
-    blobs: ImageBlobs,
+    blobs: KeptImageBlobs,
     repositories: Repositories,
+    clock: Clock,
     *,
     password: str | None = None,
     max_blob_bytes: int = MAX_BLOB_BYTES,
@@ -58,10 +60,11 @@ def build_registry(
     Args:
         blobs: where parts of images are kept.
         repositories: where their names are.
+        clock: tells how long blobs have not been used.
         password: what everyone has to send by Basic authentication, with any user name; None for nothing.
         max_blob_bytes: larger blobs are refused.
     """
-    server = _RegistryServer(blobs, repositories, password, max_blob_bytes)
+    server = _RegistryServer(blobs, repositories, clock, password, max_blob_bytes)
     serve = server.serve
     return Starlette(
         routes=[
@@ -88,9 +91,15 @@ def build_registry(
 
 class _RegistryServer:
     def __init__(
-        self, blobs: ImageBlobs, repositories: Repositories, password: str | None, max_blob_bytes: int
+        self,
+        blobs: KeptImageBlobs,
+        repositories: Repositories,
+        clock: Clock,
+        password: str | None,
+        max_blob_bytes: int,
     ) -> None:
         self._blobs = blobs
+        self._clock = clock
         self._repositories = repositories
         self._password = password
         self._max_blob_bytes = max_blob_bytes
@@ -114,8 +123,9 @@ class _RegistryServer:
             await asyncio.sleep(_TIDY_INTERVAL_S)
             try:
                 await self._uploads.end_idle(_GRACE_S)
-                count = await self._call(functools.partial(self._repositories.collect_garbage, _GRACE_S))
-                _log.info("%s blobs that no image has were removed", count)
+                since_s = self._clock.now_s() - _GRACE_S
+                freed = await self._call(functools.partial(self._repositories.collect_garbage, since_s))
+                _log.info("%s bytes that no image needs were given back", freed)
             except (FlopsError, OSError) as error:
                 _log.error("the registry cannot be tidied: %s", error)
 
@@ -174,7 +184,6 @@ class _RegistryServer:
     async def send_blob(self, request: Request) -> Response:
         """Give a blob or a part of it, or say that it is there."""
         digest = _read_digest(request.path_params["digest"])
-        await self._call(functools.partial(self._repositories.touch, digest))
         size = await self._call(functools.partial(self._blobs.size, digest))
         headers = {
             "content-length": str(size),
@@ -215,7 +224,6 @@ class _RegistryServer:
         name = request.path_params["name"]
         if (mount := request.query_params.get("mount")) is not None:
             digest = _read_digest(mount)
-            await self._call(functools.partial(self._repositories.touch, digest))
             if await self._call(functools.partial(self._blobs.has, digest)):
                 return _created(name, "blobs", digest)
         session = await self._uploads.begin(name)
@@ -239,7 +247,6 @@ class _RegistryServer:
     async def _finish_upload(self, request: Request, session: UploadSession) -> Response:
         digest = _read_digest(request.query_params.get("digest", ""))
         await self._take(request, session)
-        await self._call(functools.partial(self._repositories.touch, digest))
         try:
             await session.commit(digest)
         finally:

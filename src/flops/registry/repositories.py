@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from flops.core.ids import Digest
 from flops.core.images import Descriptor, Index, Manifest, read_manifest
 from flops.durable_file import file_error, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
-from flops.image_ports import ImageBlobs
+from flops.image_ports import KeptImageBlobs
 from flops.registry.refusals import RefusedError
 
 _MANIFESTS, _TAGS = "_manifests", "_tags"
@@ -34,19 +33,10 @@ class Repositories:
         blobs: holds the bytes of manifests, and everything they name.
     """
 
-    def __init__(self, folder: Path, blobs: ImageBlobs) -> None:
+    def __init__(self, folder: Path, blobs: KeptImageBlobs) -> None:
         self._folder = folder
         self._blobs = blobs
-        # Blobs come before the manifest that names them. None is collected that was sent, or found to be
-        # there, a short while ago; what was there at our start may have been asked for just before it.
         self._lock = threading.Lock()
-        self._touched_s: dict[Digest, float] = {}
-        self._started_s = time.monotonic()
-
-    def touch(self, digest: Digest) -> None:
-        """Keep a blob from being collected for a while: a manifest that names it may follow."""
-        with self._lock:
-            self._touched_s[digest] = time.monotonic()
 
     def put(self, name: str, data: bytes, media_type: str, tag: str = "") -> Digest:
         """Store a manifest whose parts are all there, and let a tag lead to it.
@@ -113,24 +103,20 @@ class Repositories:
         ]
         return sorted(found)
 
-    def collect_garbage(self, grace_s: float) -> int:
-        """Remove blobs that no manifest names, and that nobody sent or looked for lately; returns how many.
+    def collect_garbage(self, since_s: float) -> int:
+        """Remove blobs that no manifest names, and that nobody sent or asked for since then.
 
-        Args:
-            grace_s: how long ago is not lately any more.
+        Blobs come before the manifest that names them: `since_s` is longer ago than any push takes.
+
+        Returns:
+            The bytes given back.
         """
-        with self._lock:
-            now_s = time.monotonic()
-            used = self._used()
-            garbage = [
-                digest
-                for digest in self._blobs.digests()
-                if digest not in used and now_s - self._touched_s.get(digest, self._started_s) >= grace_s
-            ]
-            for digest in garbage:
-                self._blobs.remove(digest)
-            self._touched_s = {d: at_s for d, at_s in self._touched_s.items() if now_s - at_s < grace_s}
-        return len(garbage)
+        used = self._used()
+        return sum(
+            self._blobs.remove_unless_used(digest, since_s)
+            for digest in self._blobs.digests()
+            if digest not in used
+        )
 
     def _used(self) -> set[Digest]:
         used: set[Digest] = set()

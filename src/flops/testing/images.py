@@ -18,6 +18,7 @@ from pathlib import Path
 
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer
+from flops.adapters.system_clock import SystemClock
 from flops.core.ids import Digest
 from flops.core.images import (
     CONFIG,
@@ -107,7 +108,9 @@ def make_index(blobs: ImageBlobs, *images: Descriptor) -> Descriptor:
 def own_registry(folder: Path, *, password: str | None = None, port: int = 0) -> Iterator[str]:
     """FLOps' registry on a port of this machine; yields its host."""
     blobs = FileBlobs(folder / "blobs")
-    app = build_registry(blobs, Repositories(folder / "repositories", blobs), password=password)
+    app = build_registry(
+        blobs, Repositories(folder / "repositories", blobs), SystemClock(), password=password
+    )
     server = HttpServer(app, "127.0.0.1", port)
     server.start()
     try:
