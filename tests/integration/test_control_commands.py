@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flops.adapters.file_blobs import FileBlobs
 from flops.cli.control import read_endpoint
 from flops.control.kept_ports import KeptPorts
 from flops.errors import CATALOGUE, ErrorCode
+from flops.testing.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -79,6 +81,19 @@ def test_up_status_and_down(home: Home) -> None:
     assert not [pid for pid in family if psutil.pid_exists(pid)]
     assert home.run("down").returncode == exit_code(ErrorCode.NOT_RUNNING)
     assert home.run("status").returncode == exit_code(ErrorCode.UNREACHABLE)
+
+
+def test_up_removes_what_nothing_refers_to_and_what_killed_writers_left(home: Home) -> None:
+    old = FileBlobs(home.control / "blobs").put(b"of a project that was deleted")
+    unfinished = home.control / f".endpoint.json.{'0' * 32}.tmp"
+    unfinished.touch()
+    for path in (home.control / "blobs" / old[:2] / old, unfinished):
+        os.utime(path, (1, 1))
+    new = FileBlobs(home.control / "blobs").put(b"of a project that is about to be submitted")
+    assert home.run("up", *FREE_PORTS).returncode == 0
+    until(lambda: not unfinished.exists(), "the sweep")
+    assert FileBlobs(home.control / "blobs").digests() == [new]
+    assert f"removed blob {old[:12]}" in (home.control / "control.log").read_text()
 
 
 def test_down_ends_a_control_plane_that_does_not_listen_to_signals(home: Home) -> None:
