@@ -18,7 +18,7 @@ from flops.testing.audit import Books
 from flops.testing.chaos import Role, processes_of, services_of
 from flops.testing.deployment import Deployment, commit_all, deployed
 from flops.testing.example import EXAMPLES, REPOSITORY, begin_fit_with, make_example, sla_file, submit
-from flops.testing.network import Machine, Network, missing_for_networks
+from flops.testing.network import Machine, Network, missing_for_networks, network
 from flops.testing.waiting import until
 from flops.wire.rest import NodeList
 
@@ -150,15 +150,12 @@ class Trial:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    network = Network()
-    try:
-        with deployed(tmp_path_factory.mktemp("deployment"), address=network.here.address) as deployment:
-            deployment.up()
-            with Lab(deployment, network) as lab:
-                lab.prepare()
-                yield lab
-    finally:
-        network.close()
+    home = tmp_path_factory.mktemp("deployment")
+    with network() as net, deployed(home, address=net.here.address) as deployment:
+        deployment.up()
+        with Lab(deployment, net) as lab:
+            lab.prepare()
+            yield lab
 
 
 def hold(is_true: Callable[[], bool], what: str, *, since_s: float, within_s: float) -> None:
@@ -210,7 +207,7 @@ def test_training_goes_on_while_the_aggregators_machine_is_cut_off_from_the_cont
         with lab.network.cut(*ways(direction, lab, near, lab.network.here)):
             cut_s = time.monotonic()
             hold(lambda: not lab.is_connected(near), "node gone", since_s=cut_s, within_s=NOTICED_WITHIN_S)
-            assert "Waits for" in trial.project().doing
+            until(lambda: f"Waits for {lab.nodes()[near].name}" in trial.project().doing, "what it waits for")
             told, done = trial.rounds(), rounds_on_disk(home) + 5
             until(lambda: rounds_on_disk(home) >= done, "five rounds without the control plane")
             assert trial.rounds() == told

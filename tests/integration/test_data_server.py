@@ -22,6 +22,7 @@ from pyarrow import flight
 from flops.data import DataClient
 from flops.errors import ErrorCode, FlopsError
 from flops.testing import waiting
+from flops.testing.network import missing_for_networks, network
 from flops.wire.flight import Right, Scope, bearer, criteria_for, mint_token, parse_error
 
 DEADLINE_S = 20.0
@@ -398,3 +399,39 @@ def test_a_taken_port_or_folder_or_a_wrong_host_is_told(server: ServerProcess, t
         assert done.returncode == FlopsError(code, "").spec.exit_code
         assert part in done.stderr
         assert "Traceback" not in done.stderr
+
+
+ENDLESS_PUSH = """
+import itertools, sys, time
+import pyarrow as pa
+from flops.data import DataClient
+
+def batches():
+    for number in itertools.count():
+        yield pa.record_batch({"n": range(1_000_000)})
+        print("sent", flush=True)
+        time.sleep(0.2)
+
+rows = pa.RecordBatchReader.from_batches(pa.schema({"n": pa.int64()}), batches())
+DataClient(*sys.argv[1:]).push(rows, "t")
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(missing_for_networks() != "", reason=missing_for_networks())
+def test_an_upload_over_a_cable_that_is_cut_ends_on_both_sides(tmp_path: Path, server: ServerProcess) -> None:
+    server.end()
+    with network() as net:
+        device = net.add_machine()
+        server.start("--host", net.here.address)
+        argv = [*device.prefix, sys.executable, "-c", ENDLESS_PUSH, server.address, server.token]
+        pushing = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert pushing.stdout is not None
+        assert pushing.stdout.readline() == "sent\n"
+        until(lambda: server.files() != [])
+        with net.cut((device, net.here), (net.here, device)):
+            until(lambda: server.files() == [])
+            _, errors = pushing.communicate(timeout=DEADLINE_S)
+        assert "[unreachable]" in errors
+        with server.client() as client:
+            assert client.tags() == []

@@ -22,6 +22,7 @@ KIT_MODULES = (
     "flops.wire",
     "flops.wire.training",
     "flops.wire.flight",
+    "flops.wire.keepalive",
     "flops.trainer",
     "flops.trainer.learner",
     "flops.trainer.loading",

@@ -26,6 +26,7 @@ from flops.wire.flight import (
     seal,
     ticket_for,
 )
+from flops.wire.keepalive import keep_connections_alive
 
 ANSWER_TIMEOUT_S = 10.0  # for calls that carry no rows
 SCAN_TIMEOUT_S = 600.0  # for statistics over all rows of a tag
@@ -51,6 +52,7 @@ class FlightDataClient:
 
     def __init__(self, address: str, token: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.address = _with_port(address)
+        self._port = int(self.address.rpartition(":")[2])
         self._token = token
         self._timeout_s = timeout_s
         try:
@@ -95,9 +97,11 @@ class FlightDataClient:
             writer, answers = self._client.do_put(descriptor, schema, self._options(None))
             with _closing_also_when_broken(writer):
                 rows = 0
-                for piece in _pieces(batches):
+                for number, piece in enumerate(_pieces(batches)):
                     writer.write_batch(piece)
                     rows += piece.num_rows
+                    if number == 0:  # now there is a connection
+                        keep_connections_alive(self._port)
                 writer.write_metadata(pa.py_buffer(seal(rows)))
                 writer.done_writing()
                 answer = answers.read()
@@ -182,6 +186,7 @@ class FlightDataClient:
         with self._errors_cross():
             reader = self._client.do_get(flight.Ticket(ticket), self._options(None))
             schema = reader.schema
+            keep_connections_alive(self._port)
         return schema, self._batches(reader)
 
     def _batches(self, reader: flight.FlightStreamReader) -> Iterator[pa.RecordBatch]:

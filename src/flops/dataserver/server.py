@@ -40,6 +40,7 @@ from flops.wire.flight import (
     ticket_for,
     verify_token,
 )
+from flops.wire.keepalive import keep_connections_alive
 
 STOP_GRACE_S = 5.0  # how long calls in progress may take when the server is asked to end
 _AUTHENTICATION = "authentication"
@@ -99,6 +100,7 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
         with _errors_cross():
             name, is_sealed = _upload_of(descriptor)
             _scope(context).check(Right.WRITE, [name.tag])
+            keep_connections_alive(self.port)  # a device that vanishes would hold its upload open for good
             upload = self._catalogue.open_upload(name, reader.schema)
             try:
                 sealed_rows = _receive(reader, upload)
@@ -117,6 +119,7 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
         """Stream the rows of a part of some tags, or of one fragment."""
         with _errors_cross():
             asked = parse_ticket(ticket.ticket)
+            keep_connections_alive(self.port)
             if isinstance(asked, Query):
                 _scope(context).check(Right.READ, asked.data_tags)
                 schema, batches = self._catalogue.read(asked)

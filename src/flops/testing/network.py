@@ -102,6 +102,16 @@ class Network:
         _remove(self._name)
 
 
+@contextmanager
+def network() -> Iterator[Network]:
+    """A network that is removed at the end, whatever happens."""
+    made = Network()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 def _sweep() -> None:
     """Remove the networks of tests that were killed."""
     for path in _NAMESPACES.glob(f"{_PREFIX}[0-9]*"):

@@ -28,6 +28,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.trainer.loading import heartbeats
 from flops.trainer.ml_repo import MLRepo, describe_thread
 from flops.wire.flight import DIRECTLY, bearer
+from flops.wire.keepalive import keep_connections_alive
 from flops.wire.training import (
     DESCRIPTOR,
     EVALUATE,
@@ -38,7 +39,6 @@ from flops.wire.training import (
     TRAIN,
     Message,
     Stream,
-    keep_connections_alive,
 )
 from flops_utils.local_data import DataSource
 

@@ -16,6 +16,7 @@ from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import AUTHORIZATION
+from flops.wire.keepalive import keep_connections_alive
 from flops.wire.training import (
     HELLO,
     LOADED,
@@ -26,7 +27,6 @@ from flops.wire.training import (
     Message,
     Stream,
     encode_arrays,
-    keep_connections_alive,
 )
 
 _LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError, FlopsError)

@@ -21,16 +21,11 @@ This module is part of the actor kit: it imports the standard library, numpy and
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
-import socket
-import stat
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,9 +41,7 @@ LOADING, LOADED = "loading", "loaded"
 DESCRIPTOR = b"flops-training"
 SCHEMA = pa.schema([pa.field("array", pa.large_binary(), nullable=False)])
 PIECE_BYTES = 64 * 2**20  # larger arrays are sent in pieces: bounded copies, far below gRPC's 2 GiB a message
-SILENCE_LIMIT_S = 8  # a host that does not answer for so long counts as gone
 _NUMERIC_KINDS = "biufc"
-_INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
 class BatchWriter(Protocol):
@@ -194,45 +187,3 @@ def _rows_of(column: Any) -> list[Array]:
     offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
     everything = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     return [everything[start:end] for start, end in itertools.pairwise(offsets)]
-
-
-def keep_connections_alive(port: int) -> int:
-    """Have the kernel notice when the other side of this process's connections over `port` has vanished.
-
-    A killed process closes its connections and is noticed at once. A vanished host sends nothing, and Flight
-    gives no access to gRPC's own keepalive on the server; the kernel's probes need no cooperation of the
-    Python interpreter, which user code may hold for minutes.
-
-    Args:
-        port: local or remote TCP port of the connections.
-
-    Returns:
-        How many connections it was set for.
-    """
-    guarded = 0
-    for descriptor in _open_descriptors():
-        with contextlib.suppress(OSError):  # closed in the meantime, or not connected
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as connection:
-                if connection.type != socket.SOCK_STREAM or connection.family not in _INTERNET:
-                    continue
-                if port in (connection.getsockname()[1], connection.getpeername()[1]):
-                    _set_keepalive(connection)
-                    guarded += 1
-    return guarded
-
-
-def _open_descriptors() -> list[int]:
-    try:
-        return [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
-    except OSError:
-        return []
-
-
-def _set_keepalive(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_LIMIT_S // 4)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_LIMIT_S // 4)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_LIMIT_S * 1000)

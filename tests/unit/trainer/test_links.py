@@ -17,7 +17,8 @@ from pyarrow import flight
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.played_learner import PlayedLearner, echo
 from flops.trainer.links import Instruction, LearnerServer, Link
-from flops.wire.training import REPLY, TRAIN, Message, encode_arrays, keep_connections_alive
+from flops.wire.keepalive import keep_connections_alive
+from flops.wire.training import REPLY, TRAIN, Message, encode_arrays
 
 
 class Room:
