@@ -98,6 +98,9 @@ class NodeSettings(Settings):
     )
     cache_mb: int = Field(20_480, ge=0, description="disk for cached environments and bundles, in MiB")
     uv_cache_mb: int | None = Field(None, ge=0, description="size in MiB beyond which uv's cache is emptied")
+    container_socket: Path | None = Field(
+        None, description="socket of Docker or Podman; found if not given; DOCKER_HOST"
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
 

@@ -267,7 +267,8 @@ def test_what_is_wrong_changes_nothing(
     assert operator.conf == before
 
 
-def test_configuration_is_kept(operator: Operator, tmp_path: Path) -> None:
+def test_configuration_is_kept(operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOPS_CONTAINER_SOCKET", str(tmp_path / "no.sock"))
     pem = tmp_path / "x.pem"
     pem.touch()
     operator.configure("config", "cluster", "one", "-p", "1", "-s")
@@ -290,6 +291,16 @@ def test_configuration_is_kept(operator: Operator, tmp_path: Path) -> None:
     assert operator.configure("config", "virtualization").stdout == (
         "Virtualization Runtimes:\n     - process: 🟢 Active\n"
     )
+    switched = operator.configure("config", "virtualization", "container", "on")
+    assert switched.stdout == (
+        "Virtualization Runtimes:\n     - process: 🟢 Active\n     - container: 🟢 Active\n"
+    )
+    assert "Install podman" in switched.stderr
+    assert operator.conf["virtualizations"][1]["virutalizaiton_active"] is True
+    operator.configure("config", "virtualization", "container", "perhaps", expect=16)
+    off = operator.configure("config", "virtualization", "container", "off")
+    assert "     - container: ❌ Disabled\n" in off.stdout
+    assert off.stderr == ""
     operator.configure("config", "visibility", "private")
     assert operator.conf["public_ip"] is False
     assert operator.configure("config", "disclosure").stdout.startswith("Disclosure: full (")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 config = typer.Typer(
     help="Configure this node; everything takes effect at its next start.", no_args_is_help=True
 )
-virtualization = typer.Typer(help="Show how services are run.", invoke_without_command=True)
+virtualization = typer.Typer(help="Show or choose how services are run.", invoke_without_command=True)
 visibility = typer.Typer(help="Choose under which address services are announced.", no_args_is_help=True)
 config.add_typer(virtualization, name="virtualization")
 config.add_typer(visibility, name="visibility")
@@ -184,16 +184,47 @@ def set_disclosure(
 @virtualization.callback()
 def show_virtualizations(context: typer.Context) -> None:
     """Show how services are run."""
-    configured = load_configuration(paths_of(context)).virtualizations
+    if context.invoked_subcommand is None:
+        _show_virtualizations(paths_of(context))
+
+
+@virtualization.command("container")
+def switch_containers(
+    context: typer.Context, switch: Annotated[str, typer.Argument(help="on or off", metavar="[on/off]")]
+) -> None:
+    """Run services in containers of Docker or Podman, where they can be."""
+    from flops.core.health import Severity
+    from flops.node.configuration import CONTAINER, parse_switch
+    from flops.wiring.node_files import node_engine_findings
+
+    paths = paths_of(context)
+    is_on = parse_switch(switch, CONTAINER)
+    change_configuration(paths, lambda conf: conf.with_containers(is_on=is_on))
+    _show_virtualizations(paths)
+    for finding in node_engine_findings(is_preferred=is_on):
+        if finding.severity in {Severity.WARNING, Severity.PROBLEM}:
+            say(f"{finding.what} {finding.advice}")
+
+
+def _show_virtualizations(paths: NodePaths) -> None:
+    from flops.node.configuration import CONTAINER, PROCESS
+
+    conf = load_configuration(paths)
+    configured = conf.virtualizations
     if not configured:
         print_line("No Virtualization Runtime Configured.")
         return
     print_line("Virtualization Runtimes:")
     for name, is_on in configured.items():
-        print_line(f"     - {name}: {ACTIVE if is_on and name == 'process' else DISABLED}")
-    foreign = [name for name, is_on in configured.items() if is_on and name != "process"]
+        print_line(f"     - {name}: {ACTIVE if is_on and name in {PROCESS, CONTAINER} else DISABLED}")
+    foreign = [name for name, is_on in configured.items() if is_on and name not in {PROCESS, CONTAINER}]
     if foreign:
-        say(f"FLOps runs services as limited processes; it does not use {', '.join(foreign)}.")
+        say(
+            f"FLOps runs services as processes ({PROCESS}) and in containers ({CONTAINER}); it does not use"
+            f" {', '.join(foreign)}."
+        )
+    for sentence in pending_changes(paths, conf):
+        say(sentence)
 
 
 @config.command("addon")
@@ -240,6 +271,12 @@ def pending_changes(paths: NodePaths, conf: NodeConfiguration) -> list[str]:
         f" with it {'off' if name in configured else 'on'}: this takes effect at the next start."
         for name in sorted(running ^ configured)
     ]
+    if report.prefers_containers != conf.prefers_containers:
+        choice = "on" if conf.prefers_containers else "off"
+        sentences.append(
+            f"Containers are switched {choice}, but the running NodeEngine was started before: this takes"
+            " effect at the next start."
+        )
     if report.disclosure != conf.disclosure:
         sentences.append(
             f"The disclosure is set to {conf.disclosure}, but the running NodeEngine was started with"

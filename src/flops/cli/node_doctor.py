@@ -19,6 +19,7 @@ from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON
 from flops.core.health import (
     REPORT_STALE_AFTER_S,
     Finding,
+    Severity,
     addon_findings,
     clock_findings,
     fine,
@@ -31,6 +32,7 @@ from flops.core.health import (
 )
 from flops.node.home import running_pid
 from flops.wire.flight import ENDPOINT_FILE
+from flops.wiring.node_files import node_engine_findings
 
 if TYPE_CHECKING:
     from flops.node.configuration import NodeConfiguration
@@ -68,6 +70,9 @@ def node_findings(
     yield from service_findings([line.status for line in report.services], report.name)
     yield from version_findings(report.version, __version__, report.name)
     yield from limit_findings(report.limits, report.limits_note, report.name)
+    if report.prefers_containers:
+        engine = node_engine_findings(is_preferred=True)
+        yield from (finding for finding in engine if finding.severity.rank >= Severity.WARNING.rank)
 
 
 def node_checks(paths: NodePaths) -> dict[str, Check]:
@@ -78,6 +83,7 @@ def node_checks(paths: NodePaths) -> dict[str, Check]:
         "cluster": functools.partial(_examine_cluster, paths),
         "data server": functools.partial(_examine_data_server, paths),
         "tools": functools.partial(_examine_tools, paths),
+        "containers": functools.partial(_examine_containers, paths),
         "disk": functools.partial(examine_disk, paths.home),
     }
 
@@ -94,7 +100,8 @@ def _examine_daemon(paths: NodePaths) -> Iterator[Finding]:
     found = list(node_findings(paths, load_configuration(paths), report, running_pid(paths.pid)))
     if report is not None and not any(finding.check in {"daemon", "connection"} for finding in found):
         yield fine("daemon", report.name, f"It runs (process {report.pid}) and is connected.")
-    yield from (finding for finding in found if finding.check != "disk")  # the check of the disk has it
+    # What follows has checks of its own.
+    yield from (finding for finding in found if finding.check not in {"disk", "containers"})
 
 
 def _examine_cluster(paths: NodePaths) -> Iterator[Finding]:
@@ -132,3 +139,7 @@ def _examine_tools(paths: NodePaths) -> Iterator[Finding]:
     from flops.cli.doctor_machine import examine_tools
 
     yield from examine_tools(IMAGE_BUILDER_ADDON in load_configuration(paths).active_addons)
+
+
+def _examine_containers(paths: NodePaths) -> Iterator[Finding]:
+    yield from node_engine_findings(is_preferred=load_configuration(paths).prefers_containers)

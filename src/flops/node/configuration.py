@@ -19,6 +19,8 @@ ADDON_NAMES = {
     "image-builder": IMAGE_BUILDER_ADDON,
     "imagebuilder": IMAGE_BUILDER_ADDON,
 }
+PROCESS = "process"
+CONTAINER = "container"
 DISCLOSURE_KEY = "failure_disclosure"
 _ON = frozenset({"on", "enable", "true"})
 _OFF = frozenset({"off", "disable", "false"})
@@ -95,6 +97,11 @@ class NodeConfiguration:
             for v in self.raw.get("virtualizations") or ()
         }
 
+    @property
+    def prefers_containers(self) -> bool:
+        """Whether services run in containers where they can."""
+        return self.virtualizations.get(CONTAINER, False)
+
     def with_values(self, **values: Any) -> NodeConfiguration:
         """A configuration with some keys changed."""
         return NodeConfiguration({**copy.deepcopy(dict(self.raw)), **values})
@@ -109,6 +116,24 @@ class NodeConfiguration:
         return self.with_values(
             addons=[*addons, {"addon_name": name, "addon_active": is_on, "addon_config": []}]
         )
+
+    def with_containers(self, *, is_on: bool) -> NodeConfiguration:
+        """A configuration with containers switched on or off."""
+        entries = copy.deepcopy(list(self.raw.get("virtualizations") or ()))
+        for entry in entries:
+            if entry["virutalizaiton_name"] == CONTAINER:
+                entry["virutalizaiton_active"] = is_on
+                return self.with_values(virtualizations=entries)
+        return self.with_values(virtualizations=[*entries, _virtualization(CONTAINER, is_on=is_on)])
+
+
+def _virtualization(name: str, *, is_on: bool) -> dict[str, Any]:
+    return {
+        "virutalizaiton_name": name,
+        "virutalizaiton_runtime": name,
+        "virutalizaiton_active": is_on,
+        "virutalizaiton_config": [],
+    }
 
 
 def default_configuration() -> NodeConfiguration:
@@ -126,14 +151,7 @@ def default_configuration() -> NodeConfiguration:
             "mqtt_cert_file": "",
             "mqtt_key_file": "",
             "addons": None,
-            "virtualizations": [
-                {
-                    "virutalizaiton_name": "process",
-                    "virutalizaiton_runtime": "process",
-                    "virutalizaiton_active": True,
-                    "virutalizaiton_config": [],
-                }
-            ],
+            "virtualizations": [_virtualization(PROCESS, is_on=True)],
             "csi_drivers": None,
         }
     )

@@ -37,6 +37,7 @@ class DaemonFacts:
         active_addons: the addons that were on at the start.
         report_file: where the daemon tells about itself.
         disclosure: what it reveals about failures of users' code.
+        prefers_containers: whether services run in containers where they can.
     """
 
     node_id: str
@@ -46,6 +47,7 @@ class DaemonFacts:
     active_addons: tuple[str, ...]
     report_file: Path
     disclosure: Disclosure = Disclosure.FULL
+    prefers_containers: bool = False
 
 
 class NodeDaemon:
@@ -150,6 +152,7 @@ class NodeDaemon:
             limits=limits,
             limits_note=limits_note,
             disclosure=self._facts.disclosure,
+            prefers_containers=self._facts.prefers_containers,
             caches=self._caches.lines(),
             cache_limit_bytes=self._caches.max_bytes,
         )

@@ -73,6 +73,11 @@ class NodePaths:
         return self.home / "runtime"
 
     @property
+    def container_runtime(self) -> Path:
+        """Likewise for those that run in containers."""
+        return self.home / "containers"
+
+    @property
     def addon_runtime(self) -> Path:
         """Likewise for the processes of addons."""
         return self.home / "addons"

@@ -40,6 +40,7 @@ class NodeReport(Value):
     limits: tuple[str, ...] = ()
     limits_note: str = ""
     disclosure: Disclosure = Disclosure.FULL  # as this daemon was started with
+    prefers_containers: bool = False  # likewise
     caches: tuple[CacheLine, ...] = ()
     cache_limit_bytes: int = 0
 

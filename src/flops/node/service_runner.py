@@ -14,7 +14,7 @@ from flops.log import log_context
 from flops.node.backoff import Backoff
 from flops.node.disk_guard import DiskGuard
 from flops.node.event_log import has_listened, last_failure
-from flops.node.preparation import Preparer
+from flops.node.preparation import Launch, Preparer
 from flops.node.service_folder import Progress, ServiceFolder
 from flops.ports import Runtime
 
@@ -165,29 +165,26 @@ class ServiceRunner:
             try:
                 with stopped_when(self._is_asked_to_stop.is_set):
                     launch = self._preparer.prepare(self.spec, self.folder, self._report)
+                return self._start(launch)
             except FlopsError as error:
                 if error.code not in PASSING_ERRORS:
                     raise
                 self._report(f"waiting: {error.message}")
                 self._is_asked_to_stop.wait(pauses.next_s())
-                continue
-            with self._lock:
-                if self._is_asked_to_stop.is_set():
-                    return False
-                running = self.status.model_copy(update={"state": ServiceState.RUNNING, "detail": ""})
-                self._progress = Progress(self.status, self.folder.events_size())
-                # Kept before the start: a daemon that is killed in between finds out by asking the runtime.
-                self.folder.save(Progress(running, self._progress.run_offset))
-                self._runtime.start(
-                    self.spec.id,
-                    launch.argv,
-                    launch.env,
-                    launch.work_dir,
-                    self.spec.resources,
-                    launch.reach,
-                )
-            return True
         return False
+
+    def _start(self, launch: Launch) -> bool:
+        with self._lock:
+            if self._is_asked_to_stop.is_set():
+                return False
+            running = self.status.model_copy(update={"state": ServiceState.RUNNING, "detail": ""})
+            self._progress = Progress(self.status, self.folder.events_size())
+            # Kept before the start: a daemon that is killed in between finds out by asking the runtime.
+            self.folder.save(Progress(running, self._progress.run_offset))
+            self._runtime.start(
+                self.spec.id, launch.argv, launch.env, launch.work_dir, self.spec.resources, launch.reach
+            )
+            return True
 
     def _watch(self) -> ServiceStatus | None:
         """Wait for the service's end; None when it has to be stopped.

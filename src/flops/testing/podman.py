@@ -82,6 +82,7 @@ class Podman:
         log = str(self.folder / "service.log")
         done = subprocess.run(
             [*starter, log, *service],
+            cwd=self.folder,  # conmon leaves a file there when it sees a kill for want of memory
             env=self._env,
             stdin=subprocess.DEVNULL,
             capture_output=True,

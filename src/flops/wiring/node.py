@@ -19,6 +19,8 @@ import uv
 from flops import __version__
 from flops.adapters.actor_kit import install_kit
 from flops.adapters.blob_client import HttpBlobClient
+from flops.adapters.containers.engine import ContainerEngine
+from flops.adapters.containers.runtime import ContainerRuntime
 from flops.adapters.control_groups import find_control_groups
 from flops.adapters.environment_folders import EnvironmentFolders
 from flops.adapters.host_facts import LocalHost, memory_bytes
@@ -41,12 +43,13 @@ from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuil
 from flops.node.agent import NodeAgent
 from flops.node.bundles import BundleStore
 from flops.node.caches import NodeCaches
-from flops.node.configuration import NodeConfiguration, default_configuration
+from flops.node.configuration import CONTAINER, PROCESS, NodeConfiguration, default_configuration
 from flops.node.daemon import DaemonFacts, NodeDaemon
 from flops.node.home import keep_node_id, only_daemon
 from flops.node.paths import NodePaths
 from flops.node.preparation import NodeSite, Preparer
 from flops.node.service_environment import service_environment
+from flops.node.service_runtimes import ServiceRuntimes
 from flops.node.session import NodeView
 from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
@@ -54,7 +57,7 @@ from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
 from flops.wiring.data import open_data_catalog
-from flops.wiring.node_files import node_conf_file, node_paths
+from flops.wiring.node_files import container_socket, node_conf_file, node_paths
 from flops.wiring.services import open_environments
 
 _WRITING_MOST_S = 600.0  # no file takes that long to be written
@@ -165,7 +168,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     view = NodeView(
         node_id=node_id,
         name=name,
-        facts=functools.partial(_facts, host, services),
+        facts=functools.partial(_facts, host, services, conf),
         load=host.load,
         addons=addons.states,
         data_tags=addons.data_tags,
@@ -180,6 +183,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         active_addons=conf.active_addons,
         report_file=paths.status,
         disclosure=conf.disclosure,
+        prefers_containers=conf.prefers_containers,
     )
     caches = NodeCaches(
         (*parts.caches, bundles),
@@ -192,16 +196,17 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     return NodeDaemon(facts, supervisor, addons, agent, caches, services, clock)
 
 
-def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[ProcessRuntime, ProcessRuntime]:
+def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[Runtime, Runtime]:
     """The runtimes of a node's services, and of its addons."""
     groups = find_control_groups(memory_bytes=memory_bytes())
     output = Path(conf.app_logs) if conf.app_logs else paths.output
     # Not only this node's files: other nodes and the control plane of this machine share the folder of FLOps.
     secrets = [NodeSettings.read().home, paths.home, paths.conf, paths.log]
     secrets += [Path(file) for file in conf.client_certificate if file]
-    return ProcessRuntime(paths.runtime, output, groups, hidden=secrets), ProcessRuntime(
-        paths.addon_runtime, paths.output, groups
-    )
+    processes = ProcessRuntime(paths.runtime, output, groups, hidden=secrets)
+    containers = ContainerRuntime(paths.container_runtime, output, ContainerEngine(container_socket()))
+    services = ServiceRuntimes(processes, containers, prefers_containers=conf.prefers_containers)
+    return services, ProcessRuntime(paths.addon_runtime, paths.output, groups)
 
 
 def end_leftovers(paths: NodePaths) -> int:
@@ -218,9 +223,10 @@ def _name_of(home: Path) -> str:
     return f"{socket.gethostname()}-{home.name}"
 
 
-def _facts(host: LocalHost, runtime: Runtime) -> NodeFacts:
+def _facts(host: LocalHost, runtime: Runtime, conf: NodeConfiguration) -> NodeFacts:
     limits, note = runtime.limits()
-    return host.facts().model_copy(update={"limits": limits, "limits_note": note})
+    runtimes = (CONTAINER, PROCESS) if conf.prefers_containers else (PROCESS,)
+    return host.facts().model_copy(update={"limits": limits, "limits_note": note, "runtimes": runtimes})
 
 
 def _build_addons(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flops.adapters.conf_file import ConfFile
+    from flops.core.health import Finding
     from flops.node.paths import NodePaths
 
 
@@ -34,9 +35,29 @@ def node_conf_file(paths: NodePaths) -> ConfFile:
     return ConfFile(paths.conf, lambda: dict(default_configuration().raw), check_configuration)
 
 
+def container_socket() -> Path:
+    """The socket of the container engine that this machine's nodes use."""
+    from flops.adapters.containers.detection import engine_socket
+    from flops.settings import NodeSettings, inherited_environment
+
+    return engine_socket(NodeSettings.read().container_socket, inherited_environment())
+
+
+def node_engine_findings(*, is_preferred: bool) -> list[Finding]:
+    """What the container engine of this machine is, and what is missing.
+
+    Args:
+        is_preferred: whether services are to run in containers.
+    """
+    from flops.adapters.containers.detection import engine_findings
+
+    return list(engine_findings(container_socket(), is_preferred=is_preferred))
+
+
 def end_node_leftovers(paths: NodePaths) -> int:
     """End what a killed daemon left running; returns how many services and addons that were."""
-    if not (paths.runtime.is_dir() or paths.addon_runtime.is_dir()):
+    folders = (paths.runtime, paths.container_runtime, paths.addon_runtime)
+    if not any(folder.is_dir() for folder in folders):
         return 0
     from flops.wiring.node import end_leftovers
 

@@ -45,8 +45,6 @@ class EngineFacts:
         cgroup_version: 1 or 2; 0 when it does not say.
         is_rootless: it runs without root's rights.
         limits: which of "memory", "cpu" and "pids" it enforces.
-        runtimes: names of its OCI runtimes.
-        warnings: what it says about itself.
     """
 
     name: str
@@ -54,8 +52,6 @@ class EngineFacts:
     cgroup_version: int
     is_rootless: bool
     limits: tuple[str, ...]
-    runtimes: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
 
 
 class ContainerEngine:
@@ -80,14 +76,14 @@ class ContainerEngine:
             "cpu": info.get("CpuCfsQuota"),
             "pids": info.get("PidsLimit"),
         }
+        groups = int(str(info.get("CgroupVersion") or 0))
+        is_rootless = any("rootless" in str(option) for option in info.get("SecurityOptions") or ())
         return EngineFacts(
             name="podman" if any("Podman" in name for name in components) else "docker",
             version=str(version.get("Version", "")),
-            cgroup_version=int(str(info.get("CgroupVersion") or 0)),
-            is_rootless=any("rootless" in str(option) for option in info.get("SecurityOptions") or ()),
-            limits=tuple(name for name, is_there in has.items() if is_there),
-            runtimes=tuple(sorted(info.get("Runtimes") or ())),
-            warnings=tuple(str(line) for line in info.get("Warnings") or ()),
+            cgroup_version=groups,
+            is_rootless=is_rootless,
+            limits=() if is_rootless and groups == 1 else tuple(name for name in has if has[name]),
         )
 
     def create(self, name: str, body: Mapping[str, Any]) -> str:

@@ -80,6 +80,7 @@ class ContainerRuntime:
         self._meter = UsageMeter()
         self._lock = threading.RLock()  # an end is taken over once
         self._facts: EngineFacts | None = None
+        self._unknown: set[ServiceId] = set()  # told as running, because the engine was away
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def start(
@@ -101,8 +102,11 @@ class ContainerRuntime:
         with _alone(folder):
             before = self.status(service_id)
             if before is not None and before.state is ServiceState.RUNNING:
+                if service_id in self._unknown:
+                    raise FlopsError(ErrorCode.UNREACHABLE, before.detail)
                 return
             facts = self._engine_facts()
+            self._make_room(service_id, has_image=bool(reach and reach.image))
             self._begin(service_id, folder, resources, before)
             image = reach.image if reach is not None else ""
             if not image and shutil.which(argv[0], path=env.get("PATH", os.defpath)) is None:
@@ -113,7 +117,7 @@ class ContainerRuntime:
             body = describe(facts, argv, variables, work_dir, resources, reach)
             body["Labels"] = {RUNTIME_LABEL: self._name, SERVICE_LABEL: service_id}
             body["HostConfig"]["LogConfig"] = self._output.log_config(facts)
-            self._run(service_id, body, has_image=bool(image))
+            self._run(service_id, body)
 
     def _begin(
         self, service_id: ServiceId, folder: Path, resources: Resources, before: ServiceStatus | None
@@ -126,12 +130,21 @@ class ContainerRuntime:
         write_durably(folder / LAUNCH_FILE, json.dumps(launch))
         self._output.begin(service_id, folder, "" if before is None else restart_heading(attempt, before))
 
-    def _run(self, service_id: ServiceId, body: Mapping[str, Any], *, has_image: bool) -> None:
+    def _make_room(self, service_id: ServiceId, *, has_image: bool) -> None:
+        """What needs the engine before anything is changed: so that it is not changed while it is away."""
+        reference, archive = empty_root()
+        try:
+            self._engine.remove(self._container(service_id))
+            if not has_image and not self._engine.has_image(reference):
+                self._engine.import_root(reference, archive)
+        except EngineRefusedError as exc:
+            raise FlopsError(
+                ErrorCode.SERVICE_FAILED, f"{service_id} cannot be started in a container: {exc.message}."
+            ) from exc
+
+    def _run(self, service_id: ServiceId, body: Mapping[str, Any]) -> None:
         name = self._container(service_id)
         try:
-            self._engine.remove(name)
-            if not has_image:
-                self._provide_root()
             self._engine.create(name, body)
             self._engine.start(name)
         except EngineRefusedError as exc:
@@ -140,11 +153,6 @@ class ContainerRuntime:
                 ErrorCode.SERVICE_FAILED, f"{service_id} cannot be started in a container: {exc.message}."
             ) from exc
         self.status(service_id)  # keeps which process it is
-
-    def _provide_root(self) -> None:
-        reference, archive = empty_root()
-        if not self._engine.has_image(reference):
-            self._engine.import_root(reference, archive)
 
     def _prepare_folders(self, work_dir: Path, reach: Reach | None, facts: EngineFacts) -> Path:
         """Make the folders that it may write to, and give them to its user; returns the temporary one."""
@@ -182,6 +190,7 @@ class ContainerRuntime:
         except FlopsError as error:
             if error.code not in _AWAY:
                 raise
+            self._unknown.add(service_id)
             return running.model_copy(update={"detail": error.message})
 
     def _look(self, service_id: ServiceId, folder: Path, launch: Mapping[str, Any]) -> ServiceStatus | None:
@@ -192,8 +201,9 @@ class ContainerRuntime:
                 return _ended(service_id, record)
             container = self._engine.inspect(self._container(service_id))
             state = dict((container or {}).get("State") or {})
-            was_started = (folder / RUN_FILE).exists()
-            if container is None and was_started:
+            was_unknown = service_id in self._unknown
+            self._unknown.discard(service_id)
+            if container is None and (was_unknown or (folder / RUN_FILE).exists()):
                 self._write_exit(folder, {"problem": "was removed, by another than this node"})
             elif container is None or state.get("Status") in _NOT_STARTED:
                 return None
@@ -268,13 +278,14 @@ class ContainerRuntime:
 
     def running(self) -> list[ServiceId]:
         """Every service of this runtime that runs now."""
-        found = set()
+        found: set[str] = set()
+        if not self._root.is_dir():
+            return []
         try:
             for entry in self._engine.list(f"{RUNTIME_LABEL}={self._name}", only_running=True):
                 found.add(str((entry.get("Labels") or {}).get(SERVICE_LABEL, "")))
         except (FlopsError, EngineRefusedError):
-            if self._root.is_dir():
-                found = {path.name for path in self._root.iterdir() if self._process(path) is not None}
+            found = {path.name for path in self._root.iterdir() if self._process(path) is not None}
         return [ServiceId(name) for name in sorted(found) if name]
 
     def usage(self, service_id: ServiceId) -> ServiceUsage:

@@ -1,0 +1,68 @@
+"""A project whose services run in containers: the same commands, and nothing of it left in the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flops.testing.deployment import Deployment, deployed
+from flops.testing.example import EXAMPLES, REPOSITORY, make_example, sla_file, submit
+from flops.testing.podman import Podman, missing_for_podman, running_podman
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(missing_for_podman()), reason=missing_for_podman()),
+]
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Podman]:
+    with running_podman() as podman:
+        yield podman
+
+
+@pytest.fixture
+def deployment(podman: Podman, tmp_path: Path) -> Iterator[Deployment]:
+    """Two learner nodes that run services in containers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOPS_CONTAINER_SOCKET", str(podman.socket))
+        with deployed(tmp_path) as deployment:
+            deployment.up()
+            for name, addons in (("node-1", ["imageBuilder"]), ("node-2", [])):
+                deployment.node(name, "config", "virtualization", "container", "on")
+                deployment.start_node(name, "FLOps-learner", *addons)
+            deployment.wait_for_nodes(2)
+            mock = EXAMPLES / "slas/mocks/breast_cancer.json"
+            deployment.flops("mock-data", "create", str(mock), "--watch")
+            make_example(deployment, REPOSITORY)
+            yield deployment
+
+
+def test_a_project_runs_in_containers(deployment: Deployment, podman: Podman) -> None:
+    sla = sla_file(
+        deployment,
+        training_configuration={"min_available_clients": 2, "min_fit_clients": 2},
+        post_training_steps=["build_image_for_trained_model", "deploy_trained_model_image"],
+    )
+    project_id = submit(deployment, sla)
+    seen: set[str] = set()
+    watching = deployment.begin("flops", "project", "watch", project_id)
+
+    def is_over() -> bool:
+        running = json.loads(podman.run("ps", "--format", "json"))
+        seen.update(container["Labels"]["org.flops.service"].split("-")[0] for container in running)
+        return watching.poll() is not None
+
+    deployment.wait_for(is_over, "the end of the project", timeout_s=300)
+    told, _ = watching.communicate()
+    assert watching.returncode == 0, told
+    shown = deployment.ask("project", "show", project_id)["project"]
+    assert shown["stage"] == "completed"
+    assert seen == {"aggregator", "learner", "inference"}
+    assert len(podman.run("ps", "--all", "--quiet").split()) == 1  # the inference service goes on
+    deployment.flops("project", "delete", project_id)
+    deployment.wait_for(lambda: not podman.run("ps", "--all", "--quiet"), "the end of the last container")
