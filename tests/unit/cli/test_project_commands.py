@@ -271,6 +271,36 @@ def test_show_says_since_when_and_why_a_learner_restarts(
         assert text in shown
 
 
+def test_a_learners_traceback_is_shown_while_its_project_goes_on(
+    flops: Flops, manager: Manager, tmp_path: Path
+) -> None:
+    project_id = submit(flops, tmp_path)
+    cluster = manager.cluster
+    cluster.wait(project_id, lambda p: p.placement is not None)
+    cluster.build(project_id)
+    aggregator = cluster.listen(project_id)
+    learner = cluster.join_learners(project_id)[1]
+    traceback = 'File "model_manager.py", line 12, in fit_model\nValueError: no'
+    error = FlopsError(ErrorCode.USER_CODE_FAILED, "It failed to train.", details={"traceback": traceback})
+    cluster.orchestrator.tell(
+        aggregator,
+        "learner_failed",
+        learner=learner,
+        node="beta",
+        round=1,
+        phase="train",
+        error=error.to_dict(),
+    )
+    cluster.wait(project_id, lambda p: any(e.kind == "learner_failed" for e in cluster.engine.history(p.id)))
+    shown = flops("project", "show", project_id)
+    assert f"Traceback of {learner} in round 1\n{traceback}\n" in shown.out
+    with meanwhile(lambda: cluster.play_to_the_end(project_id)):
+        watched = flops("project", "watch", project_id)
+    assert watched.exit_code == 0
+    story = "Round 1, train: the learner on beta failed: It failed to train."
+    assert f'{story}\n    File "model_manager.py", line 12, in fit_model\n    ValueError: no\n' in watched.err
+
+
 def test_logs_of_all_services_of_a_kind_and_of_one(flops: Flops, manager: Manager, tmp_path: Path) -> None:
     project_id = submit(flops, tmp_path)
     manager.cluster.wait(project_id, lambda p: p.placement is not None)
