@@ -28,7 +28,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from flops.actor import ActorContext
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.serving.app import BODY_BYTES_MOST, Model, StatusError, application, listen
-from flops.testing.waiting import until
+from flops.testing.hammer import Hammer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -285,41 +285,6 @@ def test_the_service_tells_its_address_answers_and_ends_in_peace(
     assert service.process.wait(20) == 0
 
 
-class Hammer:
-    """Clients that ask which version answers, again and again: with new connections, and with kept ones."""
-
-    def __init__(self, url: str, clients: int = 4) -> None:
-        self.versions: list[str] = []
-        self.failures: list[str] = []
-        self._url = url
-        self._is_over = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(clients)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def wait_for_only(self, version: str) -> None:
-        """Wait until this version has given the last answers, whoever asked."""
-        asked = len(self.versions)
-        until(lambda: len(self.versions) > asked + 40, "answers")
-        assert set(self.versions[asked + 20 :]) == {version}
-
-    def stop(self) -> None:
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, keeps_connection: bool) -> None:
-        headers = {} if keeps_connection else {"connection": "close"}
-        with httpx.Client(trust_env=False, timeout=20, headers=headers) as client:
-            while not self._is_over.wait(0.01):
-                try:
-                    self.versions.append(client.get(self._url).json()["model"]["version"])
-                except (httpx.HTTPError, ValueError, KeyError) as exc:
-                    self.failures.append(repr(exc))
-
-
 @pytest.mark.timeout(300)
 def test_one_service_takes_over_from_another_and_no_request_is_refused(
     tmp_path: Path, folders: dict[str, Path]
@@ -328,7 +293,7 @@ def test_one_service_takes_over_from_another_and_no_request_is_refused(
     services = [first]
     address = first.wait_for("listening")["address"]
     assert address == f"127.0.0.1:{first.port}"
-    hammer = Hammer(f"http://{address}/")
+    hammer = Hammer(f"http://{address}")
     try:
         for version in ("2", "3"):
             folder = tmp_path / version

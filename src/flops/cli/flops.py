@@ -182,7 +182,7 @@ app.command("t", hidden=True)(tracking)
 @app.command("redb", hidden=True)
 @app.command("reset-database")
 def reset_database(
-    force: Annotated[bool, typer.Option("--force", help="Stop projects that still run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Stop what still runs.")] = False,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Forget all projects, their history and known environments."""
