@@ -66,6 +66,7 @@ class NodeCaches:
         self._clock = clock
         self._shrink_downloads = shrink_downloads
         self._shrunk_at_s = -_SHRINK_EVERY_S
+        self._is_low = False
         self._sizes: dict[str, int] = {}  # as measured last; a key is that of `_found`
         self._stuck: tuple[float, frozenset[str]] = (0.0, frozenset())  # until when, with what in use
         self._is_closed = threading.Event()
@@ -137,8 +138,8 @@ class NodeCaches:
     def _tend_downloads(self) -> None:
         disk = shutil.disk_usage(self._home)
         is_low = disk.free < _LOW_RESERVES * reserve_bytes(disk.total)
-        pause_s = _RETRY_S if is_low else _SHRINK_EVERY_S
-        if time.monotonic() - self._shrunk_at_s < pause_s:
+        has_become_low, self._is_low = is_low and not self._is_low, is_low
+        if not has_become_low and time.monotonic() - self._shrunk_at_s < _SHRINK_EVERY_S:
             return
         self._shrunk_at_s = time.monotonic()
         with stopped_when(self._is_closed.is_set):

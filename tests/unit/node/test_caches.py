@@ -169,6 +169,19 @@ def test_caches_give_way_when_the_disk_gets_low_and_only_as_much_as_is_needed(sm
     assert site.left() == [digest(2), digest(3), digest(4)]
 
 
+@pytest.mark.root
+def test_downloads_are_looked_after_now_and_then_and_when_the_disk_gets_low(small_disk: Path) -> None:
+    site, told = Site(small_disk), []
+    caches = NodeCaches((), frozenset, 0, site.home, StandingClock(), told.append)
+    caches.start()
+    try:
+        until(lambda: told == [False], "the first look")
+        (small_disk / "other").write_bytes(bytes(18_000 * KB))
+        until(lambda: told == [False, True], "the look at the low disk")
+    finally:
+        caches.close()
+
+
 REMOVE = """
 import sys
 from pathlib import Path
