@@ -9,6 +9,7 @@ This module is part of the actor kit: it imports the standard library only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ from flops.errors import ErrorCode, FlopsError
 
 EVENTS_FILE = "events.jsonl"
 CONTEXT_FILE = "context.json"
+_SPACE_PATIENCE_S = 60.0
+_SPACE_LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,18 @@ class EventLog:
         self._has_failed = False
 
     def tell(self, kind: str, **fields: Any) -> None:
-        """Append one event; when this returns, a kill of the process cannot lose it."""
+        """Append one event; when this returns, a kill of the process cannot lose it.
+
+        On a full disk it waits for space, for a minute.
+
+        Raises:
+            OSError: there was no space, or the file cannot be written for another reason.
+        """
         line = json.dumps({"kind": kind, "time_s": time.time(), **fields}) + "\n"  # noqa: TID251 (stdlib only)
         with self._lock:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(descriptor, line.encode())
+                _append_whole(descriptor, line.encode())
             finally:
                 os.close(descriptor)
 
@@ -113,6 +122,25 @@ class EventLog:
         if not self._has_failed:
             self._has_failed = True
             self.tell("failed", error=error.to_dict())
+
+
+def _append_whole(descriptor: int, line: bytes) -> None:
+    """Append a line whole; of one that does not fit nothing stays, or it would swallow the next one."""
+    deadline_s = time.monotonic() + _SPACE_PATIENCE_S
+    size = os.fstat(descriptor).st_size
+    while True:
+        written = 0
+        try:
+            written = os.write(descriptor, line)
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+        if written == len(line):
+            return
+        os.ftruncate(descriptor, size)
+        if time.monotonic() > deadline_s:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        time.sleep(_SPACE_LOOK_S)
 
 
 def log_failure(error: FlopsError) -> None:

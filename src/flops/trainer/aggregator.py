@@ -25,6 +25,8 @@ from flops.errors import ErrorCode, FlopsError
 from flops.tracker_port import Tracker
 from flops.trainer.checkpoint import CheckpointStore
 from flops.trainer.delivery import keep_best, pack, patiently, store_bundle
+from flops.trainer.disk_patience import PATIENCE_S as DISK_PATIENCE_S
+from flops.trainer.disk_patience import when_there_is_space
 from flops.trainer.gathering import JOIN_PATIENCE_S, Gathering
 from flops.trainer.links import LearnerServer, Link, Loader
 from flops.trainer.ml_repo import read_parameters
@@ -142,12 +144,8 @@ class Training:
             finished = runner.run(len(self._history) + 1, parameters)
             parameters = finished.parameters
             self._history.append(finished.record)
-            self._store.save(parameters, self._strategy.state(), self._history)
-            self._events.tell(
-                "round_completed",
-                rounds=self._config.rounds,
-                record=finished.record.model_dump(mode="json"),
-            )
+            self._save(parameters)
+            self._tell_completed(finished.record)
             self._feed.add([finished.record])
         if (reason := self._reason_to_end()) is not None:
             self._tell(f"{reason} The training ends here.")
@@ -225,6 +223,14 @@ class Training:
     def _reason_to_end(self) -> str | None:
         return reason_to_end(self._history, self._config.target_metric, self._config.early_stopping)
 
+    def _save(self, parameters: list[Array]) -> None:
+        when_there_is_space(
+            lambda: self._store.save(parameters, self._strategy.state(), self._history),
+            f"Saving round {len(self._history)}",
+            tell=self._tell,
+            patience_s=DISK_PATIENCE_S,
+        )
+
     # --- the end ---
 
     def _deliver(self) -> None:
@@ -234,7 +240,12 @@ class Training:
             raise FlopsError(ErrorCode.ROUND_FAILED, "No round was finished.")
         self._tell(f"Saving the model of round {best.number}, the best one.")
         parameters, folder = self._work_dir / "best.npz", self._work_dir / f"model-{best.number}"
-        keep_best(self._store.parameters_file(best.number), parameters)
+        when_there_is_space(
+            lambda: keep_best(self._store.parameters_file(best.number), parameters),
+            "Keeping the best parameters",
+            tell=self._tell,
+            patience_s=DISK_PATIENCE_S,
+        )
         if not folder.exists():  # a folder is whole or not there; this is a restart when it is there
             child = self._child(
                 self._context.model_python,
@@ -286,6 +297,11 @@ class Training:
 
     def _tell_round(self, number: int, learners: Sequence[str]) -> None:
         self._events.tell("round_started", round=number, rounds=self._config.rounds, learners=list(learners))
+
+    def _tell_completed(self, record: Round) -> None:
+        self._events.tell(
+            "round_completed", rounds=self._config.rounds, record=record.model_dump(mode="json")
+        )
 
     def _tell_failure(self, number: int, phase: str, part: Part) -> None:
         self._events.tell(

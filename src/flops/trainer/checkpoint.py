@@ -84,10 +84,14 @@ class CheckpointStore:
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
         temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is another parameter of savez
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # no key is another parameter of savez
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)  # on a full disk, what is left is for telling about it
+            raise
         temporary.replace(path)
 
     def _append(self, history: Sequence[Round]) -> None:

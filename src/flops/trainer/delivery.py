@@ -16,7 +16,7 @@ from typing import TypeVar
 import httpx
 
 from flops.core.ids import Digest
-from flops.durable_file import sync_file
+from flops.durable_file import file_error, sync_file
 from flops.errors import ErrorCode, FlopsError
 
 T = TypeVar("T")
@@ -29,10 +29,18 @@ _FINAL = frozenset({ErrorCode.MODEL_EXPORT_FAILED, ErrorCode.UNAUTHENTICATED, Er
 
 
 def keep_best(parameters: Path, target: Path) -> None:
-    """Put the best round's parameters where the export finds them, whole or not at all."""
+    """Put the best round's parameters where the export finds them, whole or not at all.
+
+    Raises:
+        FlopsError: ``disk_full``, ``file_unreadable``.
+    """
     temporary = target.with_suffix(".tmp")
-    shutil.copyfile(parameters, temporary)
-    sync_file(temporary)
+    try:
+        shutil.copyfile(parameters, temporary)
+        sync_file(temporary)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise file_error(exc, target) from exc
     temporary.replace(target)
 
 
