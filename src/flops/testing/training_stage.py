@@ -16,12 +16,14 @@ import pyarrow as pa
 
 from flops.actor import EVENTS_FILE, ActorContext, EventLog
 from flops.adapters.flight_client import FlightDataClient
-from flops.adapters.memory_tracker import MemoryTracker
+from flops.adapters.memory_tracker import MemoryRun, MemoryTracker
 from flops.adapters.parquet_store import ParquetStore
+from flops.core.ids import ProjectId
 from flops.dataserver.catalogue import Catalogue
 from flops.dataserver.server import DataServer
 from flops.errors import FlopsError
 from flops.settings import inherited_environment
+from flops.testing.kept_tracker import kept_runs
 from flops.trainer.aggregator import Training
 from flops.wire.services import AggregatorConfig, LearnerConfig
 
@@ -167,14 +169,21 @@ class TrainingStage:
         return context
 
     def start_aggregator(
-        self, context: ActorContext, *, is_tracking_played: bool = True
+        self, context: ActorContext, *kill_points: str, is_tracking_played: bool = True
     ) -> subprocess.Popen[bytes]:
-        """Start an aggregator as a process: one that tracks in its own memory, or else the real one."""
+        """Start an aggregator as a process: the real one, or one that tracks in a file.
+
+        The latter is killed once at each of the places of `flops.testing.kill_points`.
+        """
         program = (
             ["flops.testing.played_aggregator"] if is_tracking_played else ["flops.wiring", "aggregator"]
         )
         context_file = str(Path(context.work_dir) / "context.json")
-        return self._start([sys.executable, "-m", *program, context_file], AGGREGATOR)
+        return self._start([sys.executable, "-m", *program, context_file, *kill_points], AGGREGATOR)
+
+    def kept_run(self) -> MemoryRun:
+        """The run as a played aggregator has tracked it."""
+        return kept_runs(self.root / AGGREGATOR / "tracked.json")[ProjectId(PROJECT)]
 
     def train_in_thread(self, context: ActorContext, *, join_patience_s: float = 20.0) -> TrainingThread:
         """Start an aggregator in a thread of this process, tracking with `self.tracker`."""

@@ -194,6 +194,7 @@ class Training:
         if checkpoint is not None:
             self._history = list(checkpoint.history)
             self._strategy.restore(checkpoint.strategy_state)
+            self._tell_completed(self._history[-1])  # it may have been killed before it had told it
             self._feed.add(self._history)
             if not self._is_over():
                 self._tell(f"Going on after round {len(self._history)} of {self._config.rounds}.")
