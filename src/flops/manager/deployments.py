@@ -295,7 +295,8 @@ class ModelDeployments:
 
     def _place(self, project: Project, record: Deployment, wanted: str | None) -> Node:
         nodes = self._orchestrator.nodes()
-        asked = wanted or record.node_id
+        address = record.node_id if any(node.id == record.node_id for node in nodes) else ""  # or was removed
+        asked = wanted or address
         candidates = [node for node in nodes if asked in {"", node.id, node.name}]
         if wanted is not None and not candidates:
             known = ", ".join(node.name for node in nodes) or "none has joined yet"

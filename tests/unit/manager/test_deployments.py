@@ -149,6 +149,15 @@ def test_an_undeployed_model_keeps_its_address(played: PlayedModels) -> None:
     assert (again.node, again.port) == ("beta", 9000)
 
 
+def test_the_address_of_an_undeployed_model_is_not_given_to_another(played: PlayedModels) -> None:
+    played.answer(played.deploy(node="alpha"))
+    played.cluster.engine.deployments.undeploy(MODEL)
+    played.train("1", name="letters")
+    other = played.cluster.engine.deployments.deploy("letters", node="alpha").starting
+    assert other is not None
+    assert other.port == 8081
+
+
 def test_what_is_unknown_or_cannot_be_is_refused(played: PlayedModels) -> None:
     deployments = played.cluster.engine.deployments
     with refused(ErrorCode.MODEL_NOT_FOUND):
@@ -185,6 +194,16 @@ def test_a_model_stays_on_its_node_while_that_is_away_and_goes_on_when_it_is_bac
     played.tell_listening(service_id, 8080)
     assert played.until(lambda d: d.state == "serving").url == "http://10.0.0.1:8080"
     assert len(played.record.history) == 1
+
+
+def test_a_model_whose_node_was_removed_goes_to_another_one(played: PlayedModels) -> None:
+    played.answer(played.deploy(node="alpha"))
+    played.cluster.orchestrator.leave(ALPHA)
+    played.until(lambda d: d.state == "lost")
+    played.cluster.engine.remove_node("alpha", is_forced=True)
+    assert played.until(lambda d: d.state == "failed").failure is not None
+    played.answer(played.deploy())
+    assert (played.record.state, played.record.node) == ("serving", "beta")
 
 
 def test_a_model_can_be_moved_to_another_node(played: PlayedModels) -> None:
