@@ -199,6 +199,32 @@ def test_a_round_without_an_evaluated_row_is_a_failure(stage: TrainingStage) -> 
     assert rounds_of(stage) == []
 
 
+def test_a_round_without_numbers_is_never_the_best(stage: TrainingStage) -> None:
+    nan_in_round_3 = {
+        "distance = abs": "if self.config['server-round'] == 3:\n"
+        "            return np.nan, np.inf, len(self.held_out)\n        distance = abs"
+    }
+    repo = stage.repo(changes=nan_in_round_3)
+    training = stage.train_in_thread(stage.aggregator_context(stage.config(learners=1), repo))
+    stage.start_learner(0, repo, of=1)
+    training.result()
+    third = rounds_of(stage)[2]
+    assert (third.accuracy, third.loss) == (None, None)
+    assert stage.events(AGGREGATOR, "training_completed")[0]["model"]["round"] == 2
+    told = [event["message"] for event in stage.events(AGGREGATOR, "progress")]
+    assert "Round 3 has no finite accuracy or loss; it cannot be the best." in told
+
+
+def test_a_training_without_any_number_fails(stage: TrainingStage) -> None:
+    repo = stage.repo(changes={"return distance, 1 / (1 + distance)": "return np.nan, np.nan"})
+    training = stage.train_in_thread(stage.aggregator_context(stage.config(learners=1), repo))
+    stage.start_learner(0, repo, of=1)
+    error = training.failure()
+    assert error.code is ErrorCode.ROUND_FAILED
+    assert error.message.startswith("None of the 3 rounds has a finite accuracy or loss")
+    assert stage.events(AGGREGATOR, "training_completed") == []
+
+
 def test_missing_data_is_told_before_the_first_round(stage: TrainingStage) -> None:
     repo = stage.repo()
     training = stage.train_in_thread(stage.aggregator_context(stage.config(), repo))

@@ -115,12 +115,20 @@ def describe_part(part: Part) -> str:
 
 
 def best_round(history: Iterable[Round]) -> Round | None:
-    """The best round: higher accuracy; then, and without accuracy, lower loss; then the earlier one."""
+    """The best round: higher accuracy; then, and without accuracy, lower loss; then the earlier one.
+
+    A round without a finite number is never the best; None when there is no other.
+    """
     best: Round | None = None
     for candidate in history:
-        if best is None or _rank(candidate) > _rank(best):
+        if has_numbers(candidate) and (best is None or _rank(candidate) > _rank(best)):
             best = candidate
     return best
+
+
+def has_numbers(record: Round) -> bool:
+    """Whether a round can be compared with others: it has a finite accuracy or loss."""
+    return _finite(record.accuracy) is not None or _finite(record.loss) is not None
 
 
 def _rank(record: Round) -> tuple[float, float]:

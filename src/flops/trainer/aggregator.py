@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from flops.actor import CONTEXT_FILE, ActorContext, EventLog
 from flops.core.ids import ProjectId
 from flops.core.project import Round
-from flops.core.rounds import Part, best_round, reason_to_end
+from flops.core.rounds import Part, best_round, has_numbers, reason_to_end
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.tracker_port import Tracker
@@ -146,6 +146,10 @@ class Training:
             self._history.append(finished.record)
             self._save(parameters)
             self._tell_completed(finished.record)
+            if not has_numbers(finished.record):
+                self._tell(
+                    f"Round {len(self._history)} has no finite accuracy or loss; it cannot be the best."
+                )
             self._feed.add([finished.record])
         if (reason := self._reason_to_end()) is not None:
             self._tell(f"{reason} The training ends here.")
@@ -238,7 +242,12 @@ class Training:
         """Export, track, register and store the best round's model."""
         best = best_round(self._history)
         if best is None:
-            raise FlopsError(ErrorCode.ROUND_FAILED, "No round was finished.")
+            raise FlopsError(
+                ErrorCode.ROUND_FAILED,
+                f"None of the {len(self._history)} rounds has a finite accuracy or loss, so none is the best.",
+                hint="evaluate_model() must return one of them as a number. NaN often means that the training "
+                "diverged: lower its learning rate.",
+            )
         self._tell(f"Saving the model of round {best.number}, the best one.")
         parameters, folder = self._work_dir / "best.npz", self._work_dir / f"model-{best.number}"
         when_there_is_space(
