@@ -43,6 +43,12 @@ class Tracking:
         answer = self._http.post("/runs/search", json=query).raise_for_status().json()
         return list(answer.get("runs", []))
 
+    def artifact(self, run: Mapping[str, Any], path: str) -> str:
+        """A text that a run has; "" when it has not."""
+        query = {"run_uuid": run["info"]["run_id"], "path": path}
+        answer = self._http.get(self._http.base_url.copy_with(path="/get-artifact"), params=query)
+        return answer.text if answer.is_success else ""
+
     def steps(self, run: Mapping[str, Any], metric: str) -> list[int]:
         """The steps at which a run has a metric, in order of recording."""
         query = {"run_id": run["info"]["run_id"], "metric_key": metric, "max_results": 10_000}

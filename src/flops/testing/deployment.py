@@ -64,6 +64,17 @@ class Deployment:
             )
         return result
 
+    def begin(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command of ours that goes on; its whole output is its standard output."""
+        return subprocess.Popen(
+            [str(self._bin / command[0]), *command[1:]],
+            env=self._environ,
+            cwd=self.home,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
     def flops(self, *arguments: str, exit_code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a `flops` command."""
         return self.run("flops", *arguments, exit_code=exit_code)
