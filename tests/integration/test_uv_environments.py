@@ -30,7 +30,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.settings import inherited_environment
 from flops.testing.contracts.ml_repos import REPOSITORY
 from flops.testing.waiting import until
-from flops.testing.wheels import make_platform_wheels, make_wheel, use_only
+from flops.testing.wheels import lock_of, make_platform_wheels, make_wheel, use_only
 
 MLFLOW = "3.17.2"
 
@@ -118,17 +118,23 @@ def test_what_the_learner_cannot_do_with_is_loosened(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("requirements", "expected"),
+    ("requirements", "expected", "help_"),
     [
-        ("numpy==2.1.0\nnumpy<2\n", ["numpy==2.1.0", "numpy<2"]),
-        ("numpy==99.1\n", ["numpy==99.1"]),
-        ("no-such-package\nnumpy\n", ["no-such-package"]),
-        ("old\nnew\n", ["old", "new", "protobuf"]),
+        ("numpy==2.1.0\nnumpy<2\n", ["numpy==2.1.0 and numpy<2"], "Loosen or correct"),
+        ("numpy==99.1\n", ["numpy==99.1"], "a version that the package index has"),
+        ("no-such-package\nnumpy\n", ["no-such-package was not found"], "Correct the name"),
+        ("old\nnew\n", ["new depend on protobuf>=8", "old depend on protobuf<8"], "Loosen or correct"),
+        ("only-arm\nnumpy\n", ["only-arm", "manylinux_2_28_aarch64"], "wheels for the platform"),
+        ("outer\n", ["outer depend on only-arm", "manylinux_2_28_aarch64"], "wheels for the platform"),
+        ("only-old\n", ["only-old", "cp310"], "wheels for this Python"),
     ],
 )
 def test_requirements_that_cannot_be_met_are_named(
-    site: Site, requirements: str, expected: list[str]
+    site: Site, requirements: str, expected: list[str], help_: str
 ) -> None:
+    make_wheel(site.wheels, "only-arm", "1", tag="cp311-cp311-manylinux_2_28_aarch64")
+    make_wheel(site.wheels, "only-old", "1", tag="cp310-cp310-manylinux_2_28_x86_64")
+    make_wheel(site.wheels, "outer", "1", requires=["only-arm"])
     make_wheel(site.wheels, "old", "1", requires=["protobuf<8"])
     make_wheel(site.wheels, "new", "1", requires=["protobuf>=8"])
     with pytest.raises(FlopsError) as caught:
@@ -138,6 +144,17 @@ def test_requirements_that_cannot_be_met_are_named(
     assert len(caught.value.message) < 1_000
     for text in expected:
         assert text in caught.value.message
+    assert help_ in caught.value.hint
+
+
+def test_a_lock_without_a_wheel_for_this_machine_is_told(site: Site) -> None:
+    """Locked on a node of another platform, for which the package has a wheel."""
+    wheel = make_wheel(site.wheels, "only-arm", "1", tag="cp311-cp311-manylinux_2_28_aarch64")
+    with pytest.raises(FlopsError) as caught:
+        site.environments().materialise(lock_of(wheel, python="3.11"), ignore)
+    assert caught.value.code is ErrorCode.ENVIRONMENT_BUILD_FAILED
+    assert "only-arm" in caught.value.message
+    assert "manylinux_2_28_aarch64" in caught.value.message
 
 
 def test_a_hash_in_the_file_must_be_the_packages(site: Site) -> None:

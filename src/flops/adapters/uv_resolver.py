@@ -9,7 +9,7 @@ from pathlib import Path
 from flops.adapters.uv_program import UvProgram, uv_error
 from flops.core.cuda import CUDA_PACKAGES, NEEDLESS_PACKAGES, names_cuda
 from flops.core.requirements import name_of
-from flops.core.resolution import Problem, UnsolvableError, essence, mentioned
+from flops.core.resolution import Problem, UnsolvableError, essence, mentioned, remedy
 from flops.errors import ErrorCode, FlopsError
 
 CPU_BACKEND = ("--torch-backend", "cpu")  # uv knows PyTorch's own index of builds without CUDA
@@ -75,6 +75,7 @@ class UvResolver:
         return FlopsError(
             ErrorCode.DEPENDENCIES_UNRESOLVABLE,
             f"{what} cannot be resolved for {self._python.name}: {essence(explanation)}",
+            hint=remedy(explanation),
             details={"output": explanation[-4_000:]},
         )
 

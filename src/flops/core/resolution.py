@@ -18,6 +18,24 @@ _LOCKED = re.compile(
     r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?==(?P<version>[^\s;\\]+)", re.MULTILINE
 )
 _NOISE = re.compile(r"^(error|cause|hint|warning):\s*|^[×╰─▶├│\s]+", re.IGNORECASE)
+_REMEDIES = (  # the first that fits: what is missing explains what then contradicts
+    (
+        re.compile(r"was not found in the|not found in the package registry"),
+        "Correct the name: a package may be called otherwise than its module, as scikit-learn is.",
+    ),
+    (
+        re.compile(r"Wheels are available for `[^`]+` \([^)]+\) on the following platform"),
+        "Name a version or a package that has wheels for the platform of these nodes, or sources.",
+    ),
+    (
+        re.compile(r"but we only found wheels for"),
+        "Name a version that has wheels for this Python, or another Python in the dependency file.",
+    ),
+    (
+        re.compile(r"there is no version of"),
+        "Name a version that the package index has, or a range of versions.",
+    ),
+)
 _KEPT_OPERATORS = frozenset({">=", ">", "!="})
 _EXACT_OPERATORS = frozenset({"==", "~=", "==="})
 
@@ -177,9 +195,17 @@ def essence(output: str) -> str:
         "No solution found when resolving dependencies "
     )
     text = text.removeprefix("No solution found when resolving dependencies: ")
-    text = re.sub(r",? we can conclude that your requirements are unsatisfiable\.?", ".", text)
-    text = text.replace(" ..", ".").strip()
+    text = text.replace(
+        "we can conclude that your requirements are unsatisfiable", "the requirements cannot be met"
+    )
+    if text and text[-1] not in ".!?":
+        text += "."
     return text if len(text) <= _MAX_ESSENCE else text[: _MAX_ESSENCE - 1].rstrip() + "…"
+
+
+def remedy(explanation: str) -> str | None:
+    """What helps against a resolver's refusal; None when requirements have to be changed, whichever."""
+    return next((help_ for pattern, help_ in _REMEDIES if pattern.search(explanation)), None)
 
 
 def allow_only(lock: str, hashes: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str]]:
