@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from flops.actor import ActorContext
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
-from flops.serving.app import BODY_BYTES_MOST, Model, StatusError, application, listen
+from flops.serving.app import BODY_BYTES_MOST, Model, StatusError, application, listen, take_over
 from flops.testing.hammer import Hammer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -233,6 +233,36 @@ def test_a_fixed_port_is_shared_with_its_like_and_with_nothing_else() -> None:
     with pytest.raises(FlopsError) as caught:
         listen("192.0.2.1", port, is_fixed=True)
     assert caught.value.code is ErrorCode.CONFIG_INVALID
+
+
+def test_new_connections_come_to_the_one_that_takes_over_and_to_whoever_is_left() -> None:
+    def connect(port: int) -> list[socket.socket]:
+        return [socket.create_connection(("127.0.0.1", port)) for _ in range(32)]
+
+    def accepted(listener: socket.socket) -> int:
+        listener.setblocking(False)
+        count = 0
+        with suppress(BlockingIOError):
+            while True:
+                listener.accept()[0].close()
+                count += 1
+        return count
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with listen("127.0.0.1", port, is_fixed=True) as first:
+        take_over(first)
+        clients = connect(port)
+        assert accepted(first) == 32
+        with listen("127.0.0.1", port, is_fixed=True) as second:
+            take_over(second)
+            clients += connect(port)
+            assert (accepted(first), accepted(second)) == (0, 32)
+            first.close()
+            clients += connect(port)
+            assert accepted(second) == 32
+    for client in clients:
+        client.close()
 
 
 class Service:
