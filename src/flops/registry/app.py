@@ -256,7 +256,11 @@ class _RegistryServer:
     async def _take(self, request: Request, session: UploadSession) -> None:
         found = _CONTENT_RANGE.fullmatch(request.headers.get("content-range", ""))
         start = int(found["start"]) if found else None
-        await session.take(request.stream(), start, self._max_blob_bytes)
+        try:
+            await session.take(request.stream(), start, self._max_blob_bytes)
+        except FlopsError:  # the disk is full: what has arrived does not help to empty it
+            await self._uploads.end(session)
+            raise
 
     async def serve_manifest(self, request: Request) -> Response:
         """Give, store or remove a manifest."""
