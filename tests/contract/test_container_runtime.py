@@ -12,12 +12,17 @@ from pathlib import Path
 import pytest
 
 from flops.adapters.containers.engine import ContainerEngine
+from flops.adapters.containers.images import EngineImages
 from flops.adapters.containers.runtime import ContainerRuntime
+from flops.adapters.file_blobs import FileBlobs
 from flops.core.cluster import Resources, ServiceState
+from flops.core.image_reference import parse_reference
+from flops.core.images import INDEX, Descriptor, index_bytes
 from flops.core.reach import Reach
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Runtime
 from flops.testing.contracts.runtime import S1, SLEEP, RuntimeContract, until
+from flops.testing.images import make_image, make_layer
 from flops.testing.podman import Podman, missing_for_podman, running_podman
 
 pytestmark = pytest.mark.skipif(bool(missing_for_podman()), reason=missing_for_podman())
@@ -83,7 +88,7 @@ class TestContainers:
             "    try: pathlib.Path(path).write_text('x'); print('written', path)\n"
             "    except OSError: pass\n"
             "pathlib.Path('/tmp/x').write_text('x')\n"
-            "print(sorted(set(os.listdir('/')) - {'bin', 'sbin', 'lib', 'lib64', 'usr'}))\n"
+            "print(sorted(set(os.listdir('/')) - {'bin', 'lib', 'lib64', 'usr'}))\n"
             "print(os.environ['TMPDIR'])"
         )
         self.run(runtime, tmp_path, code)
@@ -91,7 +96,8 @@ class TestContainers:
         rights, folders, temporary = runtime.output(S1).splitlines()
         assert rights == "['65532', '65532', '65532', '65532'] 0000000000000000 1 2"
         shown = {Path(path).parts[1] for path in (str(tmp_path), sys.prefix, sys.base_prefix)}
-        assert set(ast.literal_eval(folders)) <= {"dev", "etc", "proc", "run", "sys", "tmp", "var"} | shown
+        own = {"sbin", "dev", "etc", "proc", "run", "sys", "tmp", "var", ".dockerenv"}  # the container's
+        assert set(ast.literal_eval(folders)) <= own | shown
         assert temporary == f"{tmp_path}/tmp"
 
     def test_it_sees_of_the_node_what_it_may(self, runtime: ContainerRuntime, tmp_path: Path) -> None:
@@ -233,3 +239,73 @@ class TestContainers:
             runtime.start(S1, ["/bin/true"], {}, tmp_path, Resources(), reach)
         assert caught.value.code is ErrorCode.SERVICE_FAILED
         assert "localhost:1/learner:missing" in caught.value.message
+
+
+class TestImages:
+    end = RuntimeContract.end
+    status = RuntimeContract.status
+
+    @pytest.fixture
+    def runtime(self, folder: Path, engine: ContainerEngine) -> Iterator[ContainerRuntime]:
+        runtime = make_runtime(folder, engine)
+        yield runtime
+        runtime.remove(S1)
+
+    def test_a_service_runs_in_its_image(
+        self, runtime: ContainerRuntime, engine: ContainerEngine, tmp_path: Path
+    ) -> None:
+        blobs = FileBlobs(tmp_path / "blobs")
+        images = EngineImages(engine, blobs)
+        reference = parse_reference("localhost:5000/flops/learner:one")
+        name = images.load(reference, make_image(blobs, "/opt/of-the-image", "/srv/too"))
+        assert name == "localhost:5000/flops/learner:one"
+        programs = ("/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix)  # the image has no Python
+        code = f"import os; print(os.listdir('/opt'), os.listdir('/srv'), os.getuid()); {SLEEP}"
+        reach = Reach(readable=programs, image=name)
+        argv = [sys.executable, "-I", "-c", code]
+        runtime.start(S1, argv, {}, tmp_path / "work", Resources(memory_mb=200), reach)
+        until(lambda: "up" in runtime.output(S1))
+        assert runtime.output(S1).startswith("['of-the-image'] ['too'] 65532\n")
+        assert not images.remove(name)
+        runtime.remove(S1)
+        assert images.remove(name)
+        assert engine.image(name) is None
+
+    def test_an_image_under_a_name_that_another_had_takes_its_place(
+        self, engine: ContainerEngine, tmp_path: Path
+    ) -> None:
+        blobs = FileBlobs(tmp_path / "blobs")
+        images = EngineImages(engine, blobs)
+        reference = parse_reference("localhost:5000/flops/learner:moved")
+        names = [images.load(reference, make_image(blobs, layer)) for layer in ("one", "two", "two")]
+        assert len(set(names)) == 1
+        layers = (engine.image(names[0]) or {})["RootFS"]["Layers"]
+        assert layers == [f"sha256:{make_layer(blobs, 'two').diff_id}"]
+        assert images.remove(names[0])
+
+    def test_a_damaged_layer_ends_the_hand_over_and_the_next_try_works(
+        self, engine: ContainerEngine, tmp_path: Path
+    ) -> None:
+        blobs = FileBlobs(tmp_path / "blobs")
+        images = EngineImages(engine, blobs)
+        image = make_image(blobs, "good", "bad", size=300_000)
+        bad = make_layer(blobs, "bad", 300_000).blob.digest
+        file = next(path for path in (tmp_path / "blobs").rglob("*") if path.name == bad)
+        whole = file.read_bytes()
+        file.chmod(0o600)
+        file.write_bytes(whole[:-1] + b"x")
+        reference = parse_reference("localhost:5000/flops/damaged:1")
+        with pytest.raises(FlopsError) as caught:
+            images.load(reference, image)
+        assert bad[:12] in caught.value.message
+        assert engine.image(str(reference)) is None
+        file.write_bytes(whole)
+        assert images.remove(images.load(reference, image))
+
+    def test_an_index_is_no_image(self, engine: ContainerEngine, tmp_path: Path) -> None:
+        blobs = FileBlobs(tmp_path / "blobs")
+        data = index_bytes([make_image(blobs, "one")])
+        index = Descriptor(media_type=INDEX, digest=blobs.put(data), size=len(data))
+        with pytest.raises(FlopsError) as caught:
+            EngineImages(engine, blobs).load(parse_reference("localhost:5000/flops/index:1"), index)
+        assert caught.value.code is ErrorCode.IMAGE_DAMAGED

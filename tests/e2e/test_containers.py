@@ -14,7 +14,7 @@ from flops.testing.podman import Podman, missing_for_podman, running_podman
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(missing_for_podman()), reason=missing_for_podman()),
 ]
 
@@ -57,12 +57,25 @@ def test_a_project_runs_in_containers(deployment: Deployment, podman: Podman) ->
         seen.update(container["Labels"]["org.flops.service"].split("-")[0] for container in running)
         return watching.poll() is not None
 
-    deployment.wait_for(is_over, "the end of the project", timeout_s=300)
-    told, _ = watching.communicate()
+    try:
+        deployment.wait_for(is_over, "the end of the project", timeout_s=500)
+    finally:
+        watching.kill()
+        told, _ = watching.communicate()
     assert watching.returncode == 0, told
     shown = deployment.ask("project", "show", project_id)["project"]
     assert shown["stage"] == "completed"
-    assert seen == {"aggregator", "learner", "inference"}
-    assert len(podman.run("ps", "--all", "--quiet").split()) == 1  # the inference service goes on
+    assert seen == {"data", "aggregator", "learner", "inference"}
+    assert len(podman.run("ps", "--all", "--quiet").split()) == 3  # the data servers and the model go on
     deployment.flops("project", "delete", project_id)
-    deployment.wait_for(lambda: not podman.run("ps", "--all", "--quiet"), "the end of the last container")
+    deployment.wait_for(lambda: len(podman.run("ps", "--all", "--quiet").split()) == 2, "the model's end")
+    rows = deployment.rows("breast_cancer")
+    for name in ("node-1", "node-2"):
+        deployment.node(name, "stop")
+    assert podman.run("ps", "--all", "--quiet") == ""
+    for name in ("node-1", "node-2"):
+        deployment.node(name, "config", "virtualization", "container", "off")
+        deployment.start_node(name)
+    deployment.wait_for_nodes(2)
+    assert deployment.rows("breast_cancer") == rows
+    assert podman.run("ps", "--all", "--quiet") == ""

@@ -14,8 +14,6 @@ from flops.core.cluster import Resources
 
 LIMITS = ("memory", "cpu", "pids")
 CPU_PERIOD_US = 100_000
-DEFAULT_PIDS = 2_048  # processes and threads of a service that asks for no limit
-RESERVED_BYTES = 512 * 1024**2  # of memory, that no service gets; of less than 4 GiB, an eighth
 _MOUNT = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _FOLDER = "flops-services"
@@ -37,9 +35,7 @@ class ControlGroups:
         self, parents: dict[str, Path], *, is_unified: bool, note: str = "", memory_bytes: int | None = None
     ) -> None:
         self._parents = parents
-        self._most_bytes = (
-            None if memory_bytes is None else memory_bytes - min(RESERVED_BYTES, memory_bytes // 8)
-        )
+        self._machine_bytes = memory_bytes
         self._is_unified = is_unified
         self._note = note
 
@@ -49,12 +45,11 @@ class ControlGroups:
 
     def create(self, name: str, resources: Resources) -> list[Path]:
         """Make groups with the limits of `resources`; those that cannot be enforced are left out."""
-        asked = None if resources.memory_mb is None else resources.memory_mb * 1024**2
-        memory = [size for size in (asked, self._most_bytes) if size is not None]
+        resources = resources.bounded(self._machine_bytes)
         wanted = {
-            "memory": min(memory, default=None),
+            "memory": None if resources.memory_mb is None else resources.memory_mb * 1024**2,
             "cpu": None if resources.vcpus is None else max(1_000, int(resources.vcpus * CPU_PERIOD_US)),
-            "pids": DEFAULT_PIDS if resources.pids is None else resources.pids,
+            "pids": resources.pids,
         }
         groups: dict[Path, None] = {}
         for limit, parent in self._parents.items():

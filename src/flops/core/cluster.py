@@ -16,6 +16,8 @@ LEARNER_ADDON = "FLOps-learner"
 IMAGE_BUILDER_ADDON = "image-builder"
 NODE_LOST_AFTER_S = 8.0  # silence after which a node counts as gone; users see it within 10 s
 HEARTBEAT_INTERVAL_S = 2.0
+DEFAULT_PIDS = 2_048  # processes and threads of a service that asks for no limit
+RESERVED_BYTES = 512 * 1024**2  # of memory, that no service gets; of less than 4 GiB, an eighth
 
 
 class AddonState(StrEnum):
@@ -152,6 +154,20 @@ class Resources(Value):
     memory_mb: int | None = None
     vcpus: float | None = None
     pids: int | None = None
+    vgpus: int = 0  # GPUs of the node that it uses
+
+    def bounded(self, machine_bytes: int | None) -> Resources:
+        """The same, with limits where nothing is asked for: so that a service is ended, and not its node.
+
+        Args:
+            machine_bytes: memory of the machine, of which no service gets all; None for not known.
+        """
+        memory_mb = self.memory_mb
+        if machine_bytes is not None:
+            most_mb = (machine_bytes - min(RESERVED_BYTES, machine_bytes // 8)) // 1024**2
+            memory_mb = most_mb if memory_mb is None else min(memory_mb, most_mb)
+        pids = DEFAULT_PIDS if self.pids is None else self.pids
+        return self.model_copy(update={"memory_mb": memory_mb, "pids": pids})
 
 
 class ServiceSpec(Value):

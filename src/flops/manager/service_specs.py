@@ -101,6 +101,7 @@ def learner_specs(
     repository, environment = _repository(project), _environment(project)
     nodes = _placement(project).learners
     parts, seen = Counter(nodes), Counter[NodeId]()
+    constraints = project.sla.resource_constraints
     specs = []
     for number, node_id in enumerate(nodes, start=1):
         config = LearnerConfig(
@@ -123,7 +124,7 @@ def learner_specs(
                 config=config.model_dump(mode="json"),
                 bundle=repository.bundle,
                 environment=environment.lock,
-                resources=learner_resources(project.sla.resource_constraints),
+                resources=learner_resources(constraints).model_copy(update={"vgpus": constraints.vgpus}),
                 max_restarts=_RESTARTS,
             )
         )

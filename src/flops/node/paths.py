@@ -83,6 +83,11 @@ class NodePaths:
         return self.home / "addons"
 
     @property
+    def addon_container_runtime(self) -> Path:
+        """Likewise for addons in containers."""
+        return self.home / "addon-containers"
+
+    @property
     def output(self) -> Path:
         """Output of the services' processes, unless configured otherwise."""
         return self.home / "logs"

@@ -204,9 +204,14 @@ def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[Runtime, R
     secrets = [NodeSettings.read().home, paths.home, paths.conf, paths.log]
     secrets += [Path(file) for file in conf.client_certificate if file]
     processes = ProcessRuntime(paths.runtime, output, groups, hidden=secrets)
-    containers = ContainerRuntime(paths.container_runtime, output, ContainerEngine(container_socket()))
-    services = ServiceRuntimes(processes, containers, prefers_containers=conf.prefers_containers)
-    return services, ProcessRuntime(paths.addon_runtime, paths.output, groups)
+    engine = ContainerEngine(container_socket())
+    containers = ContainerRuntime(paths.container_runtime, output, engine, machine_bytes=memory_bytes())
+    addons = ProcessRuntime(paths.addon_runtime, paths.output, groups)
+    addon_containers = ContainerRuntime(paths.addon_container_runtime, paths.output, engine)
+    return (
+        ServiceRuntimes(processes, containers, prefers_containers=conf.prefers_containers),
+        ServiceRuntimes(addons, addon_containers, prefers_containers=conf.prefers_containers),
+    )
 
 
 def end_leftovers(paths: NodePaths) -> int:

@@ -56,7 +56,9 @@ def node_engine_findings(*, is_preferred: bool) -> list[Finding]:
 
 def end_node_leftovers(paths: NodePaths) -> int:
     """End what a killed daemon left running; returns how many services and addons that were."""
-    folders = (paths.runtime, paths.container_runtime, paths.addon_runtime)
+    folders = (
+        paths.runtime, paths.container_runtime, paths.addon_runtime, paths.addon_container_runtime,
+    )  # fmt: skip
     if not any(folder.is_dir() for folder in folders):
         return 0
     from flops.wiring.node import end_leftovers

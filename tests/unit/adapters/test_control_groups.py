@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from flops.adapters.control_groups import (
-    DEFAULT_PIDS,
-    RESERVED_BYTES,
     ControlGroups,
     find_control_groups,
 )
-from flops.core.cluster import Resources
+from flops.core.cluster import DEFAULT_PIDS, RESERVED_BYTES, Resources
 
 
 def write(path: Path, text: str = "") -> None:

@@ -52,6 +52,7 @@ def describe(
             "Init": True,  # passes signals on, and reaps; it is no part of the service
             "RestartPolicy": {"Name": "no"},  # the node restarts services, and counts
             **_limits(facts, resources),
+            **(_gpus(resources.vgpus, has_image=image != empty_root()[0]) if resources.vgpus else {}),
         },
     }
 
@@ -80,6 +81,20 @@ def _limits(facts: EngineFacts, resources: Resources) -> dict[str, Any]:
     if resources.pids is not None and "pids" in facts.limits:
         limits["PidsLimit"] = resources.pids + 1  # the engine's init
     return limits
+
+
+def _gpus(count: int, *, has_image: bool) -> dict[str, Any]:
+    """NVIDIA's GPUs: an image needs the engine's own support, which brings the driver's libraries, too."""
+    if has_image:
+        return {"DeviceRequests": [{"Driver": "", "Count": count, "Capabilities": [["gpu"]]}]}
+    devices = sorted(path for path in Path("/dev").glob("nvidia*") if path.is_char_device())
+    rights = "rwm"
+    return {
+        "Devices": [
+            {"PathOnHost": str(path), "PathInContainer": str(path), "CgroupPermissions": rights}
+            for path in devices
+        ]
+    }
 
 
 def _ulimit(name: str, value: int) -> dict[str, Any]:

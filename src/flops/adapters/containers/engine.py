@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -166,23 +166,13 @@ class ContainerEngine:
     def import_root(self, reference: str, archive: bytes) -> None:
         """Make an image of one layer from a tar archive."""
         params = {"fromSrc": "-", "repo": reference}
-        self._read_progress("/images/create", params, (archive,))
+        self._read_progress("/images/create", params, archive)
         if not self.has_image(reference):
             raise EngineRefusedError(500, f"{reference} was taken in, but is not there")
 
-    def load(self, archive: Iterable[bytes]) -> None:
+    def load(self, archive: Iterator[bytes]) -> None:
         """Take in images from an archive, as ``docker save`` or an OCI layout in a tar."""
         self._read_progress("/images/load", {"quiet": "true"}, archive)
-
-    def pull(self, reference: str) -> None:
-        """Bring an image here from its registry.
-
-        An engine answers 200 before it begins: what fails later stands in the stream only, and Podman may
-        fail without a word there. So the stream is read whole, and the image is looked for afterwards.
-        """
-        self._read_progress("/images/create", {"fromImage": reference}, ())
-        if not self.has_image(reference):
-            raise EngineRefusedError(404, f"{reference} was pulled, but is not there")
 
     def remove_image(self, reference: str) -> None:
         """Remove an image; an unknown one is no error.
@@ -193,7 +183,7 @@ class ContainerEngine:
         with self._if_there():
             self._call("DELETE", f"/images/{reference}")
 
-    def _read_progress(self, path: str, params: Mapping[str, str], content: Iterable[bytes]) -> None:
+    def _read_progress(self, path: str, params: Mapping[str, str], content: bytes | Iterator[bytes]) -> None:
         headers = {"Content-Type": "application/x-tar"}
         with self._answer("POST", path, params, content, headers, timeout_s=_PULL_TIMEOUT_S) as answer:
             for line in answer:
@@ -223,8 +213,8 @@ class ContainerEngine:
         body: Mapping[str, Any] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> bytes:
-        content = () if body is None else (json.dumps(body).encode(),)
-        headers = {"Content-Type": "application/json"}
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
         with self._answer(method, path, params or {}, content, headers, timeout_s=timeout_s) as answer:
             return answer.read()
 
@@ -234,7 +224,7 @@ class ContainerEngine:
         method: str,
         path: str,
         params: Mapping[str, str],
-        content: Iterable[bytes] = (),
+        content: bytes | Iterator[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
         *,
         timeout_s: float = TIMEOUT_S,
@@ -243,9 +233,7 @@ class ContainerEngine:
         target = f"{urllib.parse.quote(path, safe='/:@')}?{urllib.parse.urlencode(params)}"
         with contextlib.closing(_SocketConnection(self.socket, timeout_s)) as connection:
             try:
-                connection.request(
-                    method, target, body=iter(content), headers=dict(headers or {}), encode_chunked=True
-                )
+                connection.request(method, target, body=content, headers=dict(headers or {}))
                 answer = connection.getresponse()
                 if answer.status >= HTTPStatus.BAD_REQUEST:
                     raise EngineRefusedError(answer.status, _message_of(answer.read()))

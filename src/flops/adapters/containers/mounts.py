@@ -16,21 +16,25 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import flops
 from flops.core.reach import Reach
 
 TEMPORARY_FOLDER = "/tmp"  # noqa: S108 (a file system of the container's own)
 _TEMPORARY_BYTES = 64 * 1024**2
-_SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_SYSTEM_FOLDERS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32")
+_LINKS = {"sbin/ldconfig": "/usr/sbin/ldconfig"}  # Python looks for libraries by it
 _SYSTEM_FILES = (  # of /etc; the rest may hold secrets
     "alternatives", "ca-certificates", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime",
     "mime.types", "nsswitch.conf", "passwd", "pki", "protocols", "services", "ssl",
 )  # fmt: skip
-_MOUNT_POINTS = ("dev", "etc", "proc", "run", "sys", "tmp")
+# Docker mounts its init into /sbin, which therefore is no part of the node's /usr.
+_MOUNT_POINTS = ("dev", "etc", "proc", "run", "sbin", "sys", "tmp")
 _FILE_VARIABLES = (
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO",
     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 )  # fmt: skip
 _MOST_LINKS = 20
+_OWN_PROGRAMS = (sys.prefix, sys.base_prefix, str(Path(flops.__file__).resolve().parents[1]))
 
 
 def binds_of(argv: Sequence[str], env: Mapping[str, str], work_dir: Path, reach: Reach | None) -> list[str]:
@@ -42,7 +46,7 @@ def binds_of(argv: Sequence[str], env: Mapping[str, str], work_dir: Path, reach:
         work_dir: the service's own folder.
         reach: what else it may use; None for this process's own programs.
     """
-    readable = {*(reach or Reach(readable=(sys.prefix, sys.base_prefix))).readable}
+    readable = {*(reach.readable if reach is not None else _OWN_PROGRAMS)}
     if reach is None or not reach.image:
         readable |= {*_system(), *_program_folders(argv[0])}
     readable |= {env[name] for name in _FILE_VARIABLES if env.get(name)}
@@ -94,11 +98,11 @@ def empty_root() -> tuple[str, bytes]:
             folder = tarfile.TarInfo(name)
             folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
             archive.addfile(folder)
-        for path in map(Path, _SYSTEM_FOLDERS):
-            if path.is_symlink():
-                link = tarfile.TarInfo(path.name)
-                link.type, link.linkname = tarfile.SYMTYPE, str(path.readlink())
-                archive.addfile(link)
+        links = {path[1:]: str(Path(path).readlink()) for path in _SYSTEM_FOLDERS if Path(path).is_symlink()}
+        for name, target in (links | _LINKS).items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            archive.addfile(link)
     data = buffer.getvalue()
     return f"localhost/flops-node-{hashlib.sha256(data).hexdigest()[:12]}", data
 

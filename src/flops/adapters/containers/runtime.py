@@ -66,12 +66,20 @@ class ContainerRuntime:
         root: folder of this runtime: what runs, and how it ended.
         output_dir: folder of the services' output files, ``<service id>.log``.
         engine: runs the containers.
+        machine_bytes: memory of the machine, see `Resources.bounded`.
         output_bytes: largest size of an output file.
     """
 
     def __init__(
-        self, root: Path, output_dir: Path, engine: ContainerEngine, *, output_bytes: int = OUTPUT_BYTES
+        self,
+        root: Path,
+        output_dir: Path,
+        engine: ContainerEngine,
+        *,
+        machine_bytes: int | None = None,
+        output_bytes: int = OUTPUT_BYTES,
     ) -> None:
+        self._machine_bytes = machine_bytes
         self._root = root
         self._engine = engine
         self._name = hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:12]
@@ -114,7 +122,8 @@ class ContainerRuntime:
                 self._write_exit(folder, {"problem": problem})
                 return
             variables = {**env, "TMPDIR": str(self._prepare_folders(work_dir, reach, facts))}
-            body = describe(facts, argv, variables, work_dir, resources, reach)
+            bounded = resources.bounded(self._machine_bytes)
+            body = describe(facts, argv, variables, work_dir, bounded, reach)
             body["Labels"] = {RUNTIME_LABEL: self._name, SERVICE_LABEL: service_id}
             body["HostConfig"]["LogConfig"] = self._output.log_config(facts)
             self._run(service_id, body)
