@@ -244,8 +244,8 @@ class Training:
         if best is None:
             raise FlopsError(
                 ErrorCode.ROUND_FAILED,
-                f"None of the {len(self._history)} rounds has a finite accuracy or loss, so none is the best.",
-                hint="evaluate_model() must return one of them as a number. NaN often means that the training "
+                f"None of the {len(self._history)} rounds has a finite accuracy or loss: none is the best.",
+                hint="evaluate_model() must return one of them as a number. NaN often means that training "
                 "diverged: lower its learning rate.",
             )
         self._tell(f"Saving the model of round {best.number}, the best one.")
