@@ -332,6 +332,21 @@ def test_a_killed_aggregator_hands_over_what_was_trained(stage: TrainingStage) -
     assert len(stage.events(AGGREGATOR, "training_completed")) == 1
 
 
+def test_a_completed_training_is_told_again_and_its_run_is_left_alone(stage: TrainingStage) -> None:
+    """Killed after it has told the end, it is about to be stopped: a stop ends an open run as failed."""
+    context = stage.aggregator_context(stage.config(learners=1, rounds=1), stage.repo())
+    aggregator = stage.start_aggregator(context, "told@1000")
+    stage.start_learner(0, stage.repo(), of=1)
+    assert aggregator.wait(30) == -signal.SIGKILL, stage.output()
+    tracked = stage.root / AGGREGATOR / "tracked.json"
+    written_ns = tracked.stat().st_mtime_ns
+    assert stage.start_aggregator(context).wait(30) == 0, stage.output()
+    assert tracked.stat().st_mtime_ns == written_ns
+    assert stage.kept_run().status == "FINISHED"
+    first, again = stage.events(AGGREGATOR, "training_completed")
+    assert first["model"] == again["model"]
+
+
 def test_a_stopped_aggregator_ends_its_run(stage: TrainingStage) -> None:
     repo = stage.repo()
     aggregator = stage.start_aggregator(stage.aggregator_context(stage.config(), repo))

@@ -7,6 +7,7 @@ work folder, it goes on after the last finished round, on the same port if it is
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import threading
@@ -44,6 +45,7 @@ _STORE_PATIENCE_S = 300.0
 _AWAY_PATIENCE_S = 86_400.0  # of the two above: a network may be down for hours, and nothing is lost for it
 _CLOSE_PATIENCE_S = 3.0
 _PORT_FILE = "port"
+_COMPLETED_FILE = "completed.json"  # the model, once everything is done
 
 
 def main(
@@ -64,6 +66,10 @@ def main(
         FlopsError: why there is no model.
     """
     config = _parse(context)
+    completed = Path(context.work_dir) / _COMPLETED_FILE
+    if completed.exists():  # nothing is left to do; the run, which has its end, stays as it is
+        events.tell("training_completed", model=json.loads(completed.read_text()))
+        return
     _on_sigterm(signal.default_int_handler)  # a stopped project's run is closed, too
     training = Training(context, config, events, tracker_factory, environ)
     try:
@@ -154,7 +160,6 @@ class Training:
         if (reason := self._reason_to_end()) is not None:
             self._tell(f"{reason} The training ends here.")
         self._deliver()
-        self._is_successful = True
 
     def close(self) -> None:
         """End what was started: children, the run, the learners' connections."""
@@ -276,7 +281,15 @@ class Training:
             digest = store_bundle(bundle, url, _STORE_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S)
             model = model.model_copy(update={"bundle": digest})
         patiently(lambda: tracker.close_run(run.run_id, is_success=True), _TRACKING_PATIENCE_S)
-        self._events.tell("training_completed", model=model.model_dump(mode="json"))
+        raw = model.model_dump(mode="json")
+        when_there_is_space(
+            lambda: write_durably(self._work_dir / _COMPLETED_FILE, json.dumps(raw)),
+            "Noting the end",
+            tell=self._tell,
+            patience_s=DISK_PATIENCE_S,
+        )
+        self._is_successful = True
+        self._events.tell("training_completed", model=raw)
 
     def _child(
         self, python: str, module: str, arguments: Sequence[str], *, doing: str, code: ErrorCode
