@@ -11,9 +11,13 @@ from typing import Self
 
 import pytest
 
+from flops.core.learner_states import LearnerStanding, LearnerState, learner_standings
+from flops.errors import CATALOGUE, ErrorCode
 from flops.testing.audit import Books
+from flops.testing.chaos import Role, kill, processes_of
 from flops.testing.deployment import Deployment, commit_all
 from flops.testing.example import begin_fit_with, example_deployment, make_example, sla_file, submit
+from flops.wire.rest import NodeList, ServiceList
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -66,6 +70,22 @@ class Watcher:
     def time_of(self, text: str) -> float:
         return next(at_s for at_s, line in self.lines if text in line)
 
+    def events(self) -> list[str]:
+        """The events that it told, without its notes of a manager that is away and back."""
+        lines = re.findall(r"^[0-9]{2}:[0-9]{2}:[0-9]{2}  (.*)$", self.text, re.MULTILINE)
+        notes = ("waiting for the manager.", "The manager answers again.")
+        return [line for line in lines if not line.endswith(notes)]
+
+    def output_of(self, service: str) -> list[str]:
+        """The output of a service that it printed, without its titles and notes."""
+        lines, is_own = [], False
+        for line in self.text.splitlines():
+            if re.match("── learner-[^ ]+ on ", line):
+                is_own = line.startswith(f"── {service} on ")
+            elif is_own and (not line.startswith("── ") or "started again" in line):
+                lines.append(line)
+        return lines
+
     def wait(self) -> int:
         """Wait for the command's end; returns its exit code."""
         code = self._process.wait(60)
@@ -116,3 +136,94 @@ def test_a_traceback_is_everywhere_within_seconds_of_the_raise(
         for part in ("raised at", "model_manager.py", "fit_model", "node-"):
             assert part in text
     assert "round 1" in shown
+
+
+class Learners:
+    """Where the learners of a project stand, as `flops project show` says it."""
+
+    def __init__(self, deployment: Deployment, books: Books, project_id: str) -> None:
+        self._deployment = deployment
+        self._api = books.api
+        self._project_id = project_id
+
+    def by_state(self) -> dict[LearnerState, LearnerStanding]:
+        project = self._api.project(self._project_id)
+        names = {node.id: node.name for node in self._api.get("/nodes", NodeList).nodes}
+        services = [
+            service
+            for service in self._api.get("/services", ServiceList).services
+            if service.spec.project_id == project.id
+        ]
+        found = learner_standings(project, services, self._api.history(project.id), names)
+        return {one.state: one for one in found}
+
+    def wait_for(self, *states: LearnerState) -> LearnerStanding:
+        """Wait until one of them is in one of these states."""
+        found: list[LearnerStanding] = []
+
+        def is_there() -> bool:
+            found.extend(one for state, one in self.by_state().items() if state in states)
+            return bool(found)
+
+        self._deployment.wait_for(is_there, f"a learner that is {' or '.join(states)}", PATIENCE_S)
+        return found[0]
+
+    def wait_for_all(self, state: LearnerState) -> None:
+        self._deployment.wait_for(lambda: set(self.by_state()) == {state}, f"all are {state}", PATIENCE_S)
+
+
+def kill_until_seen(deployment: Deployment, learners: Learners) -> LearnerStanding:
+    """Kill a learner until the pause before its restart is seen; each pause is longer than the last."""
+    victim = processes_of(deployment, Role.LEARNER)[0].service_id
+    seen: list[LearnerStanding] = []
+
+    def is_seen() -> bool:
+        kill([found for found in processes_of(deployment, Role.LEARNER) if found.service_id == victim])
+        seen.extend(one for state, one in learners.by_state().items() if state is LearnerState.RESTARTING)
+        return bool(seen)
+
+    deployment.wait_for(is_seen, "the pause before a restart")
+    assert seen[0].service == victim
+    return seen[0]
+
+
+def test_learners_and_a_killed_control_plane_while_a_project_is_watched(
+    deployment: Deployment, books: Books
+) -> None:
+    repository = make_example(deployment, "slow")
+    begin_fit_with(repository, "import time; time.sleep(0.3); print('trained at', time.time(), flush=True)")
+    commit_all(repository, "Take time")
+    rounds = {"training_rounds": 400, "min_fit_clients": 1, "min_evaluate_clients": 1}
+    project_id = submit(deployment, sla_file(deployment, "slow", "slow", training_configuration=rounds))
+    learners = Learners(deployment, books, project_id)
+    with (
+        Watcher(deployment, "project", "watch", project_id) as watcher,
+        Watcher(deployment, "project", "logs", project_id, "--follow", "--service", "learner") as follower,
+    ):
+        assert learners.wait_for(LearnerState.WAITING, LearnerState.LOADING).doing
+        learners.wait_for_all(LearnerState.TRAINING)
+        restarting = kill_until_seen(deployment, learners)
+        assert restarting.doing == "Waits for its node to start it again."
+        assert "SIGKILL" in restarting.reason
+        learners.wait_for_all(LearnerState.TRAINING)
+
+        kill(processes_of(deployment, Role.CONTROL_PLANE))
+        deployment.wait_for(lambda: "waiting for the manager" in watcher.text, "the gap")
+        deployment.up()
+        deployment.wait_for(lambda: "The manager answers again." in watcher.text, "the return")
+
+        kill([found for found in processes_of(deployment, Role.NODE) if found.node == "node-2"])
+        lost = learners.wait_for(LearnerState.LOST)
+        assert lost.doing == "Waits for its node, which is gone."
+        deployment.start_node("node-2")
+        learners.wait_for_all(LearnerState.TRAINING)
+        deployment.flops("project", "stop", project_id)
+        assert watcher.wait() == CATALOGUE[ErrorCode.CONFLICT].exit_code
+        assert follower.wait() == 0, follower.text
+    learners.wait_for_all(LearnerState.ENDED)
+    told = [event.message.splitlines()[0] for event in books.api.history(project_id)]
+    assert watcher.events() == told
+    for log in deployment.ask("project", "logs", project_id, "--service", "learner"):
+        assert follower.output_of(log["service_id"]) == log["text"].splitlines()
+        restart = f"── started again (attempt 2): {restarting.service} was ended by SIGKILL."
+        assert (restart in log["text"]) == (log["service_id"] == restarting.service)
