@@ -29,6 +29,7 @@ from flops.actor import ActorContext
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.serving.app import BODY_BYTES_MOST, Model, StatusError, application, listen, take_over
 from flops.testing.hammer import Hammer
+from flops.testing.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -312,6 +313,23 @@ def test_the_service_tells_its_address_answers_and_ends_in_peace(
         expected = answer_of_mlflow(models["numbers"], json.dumps(body).encode(), JSON)
         assert (answer.status_code, answer.json()["predictions"]) == expected
     service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(20) == 0
+
+
+def test_a_service_that_is_told_to_end_goes_on_for_a_moment_and_lets_its_clients_go(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    service = Service(tmp_path, folders["numbers"], is_port_fixed=True)
+    url = f"http://{service.wait_for('listening')['address']}/ping"
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(url).headers.get("connection") != "close"
+        service.process.send_signal(signal.SIGTERM)
+        until(
+            lambda: client.get(url).headers.get("connection") == "close", "an answer that ends a connection"
+        )
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            assert client.get(url).status_code == 200
     assert service.process.wait(20) == 0
 
 
