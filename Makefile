@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install lock format lint types contracts check test test-fast chaos demo demo-stop clean
+.PHONY: help install lock format lint types contracts check test test-fast chaos flavors demo demo-stop clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test-fast: install ## unit, contract and property tests only
 
 chaos: install ## the long tests of faults: kills at every stage, a soak of 200 projects
 	$(BIN)/pytest -m chaos -s
+
+flavors: install ## train and serve a model of each big library: PyTorch, TensorFlow
+	$(BIN)/pytest -m flavors -s
 
 demo: install ## run the main job on real data, from two fresh nodes to a served model
 	$(BIN)/python scripts/demo.py
