@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from flops.core.reach import Reach
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Runtime
 from flops.testing.contracts.runtime import S1, SLEEP, RuntimeContract, until
+from flops.testing.docker import missing_for_docker, running_docker
 from flops.testing.images import make_image, make_layer
 from flops.testing.podman import Podman, missing_for_podman, running_podman
 
@@ -39,6 +42,17 @@ def engine(podman: Podman) -> ContainerEngine:
     return ContainerEngine(podman.socket)
 
 
+@pytest.fixture(scope="module", params=["podman", "docker"])
+def any_engine(request: pytest.FixtureRequest) -> Iterator[ContainerEngine]:
+    if request.param == "podman":
+        yield request.getfixturevalue("engine")
+    elif missing := missing_for_docker():
+        pytest.skip(missing)
+    else:
+        with running_docker() as engine:
+            yield engine
+
+
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("node")
@@ -50,14 +64,14 @@ def make_runtime(folder: Path, engine: ContainerEngine) -> ContainerRuntime:
 
 class TestContainerRuntime(RuntimeContract):
     @pytest.fixture
-    def runtime(self, folder: Path, engine: ContainerEngine) -> Iterator[Runtime]:
-        runtime = make_runtime(folder, engine)
+    def runtime(self, folder: Path, any_engine: ContainerEngine) -> Iterator[Runtime]:
+        runtime = make_runtime(folder, any_engine)
         yield runtime
         runtime.remove(S1)
 
     @pytest.fixture
-    def reopen(self, folder: Path, engine: ContainerEngine) -> Callable[[], Runtime]:
-        return lambda: make_runtime(folder, engine)
+    def reopen(self, folder: Path, any_engine: ContainerEngine) -> Callable[[], Runtime]:
+        return lambda: make_runtime(folder, any_engine)
 
 
 class TestContainers:
@@ -130,9 +144,8 @@ class TestContainers:
             assert runtime.usage(S1).processes == 1
             assert runtime.output(S1) == "up\n"
             until(lambda: runtime.usage(S1).processes == 0)
-            status = self.status(runtime)
-            assert status.state is ServiceState.RUNNING  # nobody knows better
-            assert "does not answer" in status.detail
+            until(lambda: "does not answer" in self.status(runtime).detail)
+            assert self.status(runtime).state is ServiceState.RUNNING  # nobody knows better
         finally:
             podman.start()
         assert self.end(runtime).state is ServiceState.COMPLETED
@@ -233,6 +246,28 @@ class TestContainers:
         assert sum(sizes) <= 210_000
         assert runtime.output(S1).endswith("19999\n")
 
+    def test_an_end_is_told_on_a_full_disk_and_kept_when_there_is_space(
+        self, engine: ContainerEngine, podman: Podman, folder: Path, tmp_path: Path
+    ) -> None:
+        disk = folder / "disk"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "flops-test", disk], check=True)
+        runtime = ContainerRuntime(disk / "runtime", folder / "output", engine)
+        try:
+            self.run(runtime, tmp_path, "import time; print('up', flush=True); time.sleep(1); exit(4)")
+            with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+                while True:
+                    filler.write(b"x" * 1024)
+            assert self.end(runtime).exit_code == 4
+            assert len(podman.run("ps", "--all", "--quiet").split()) == 1
+            (disk / "filler").unlink()
+            assert self.status(runtime).exit_code == 4
+            assert podman.run("ps", "--all", "--quiet") == ""
+            assert runtime.output(S1) == "up\n"
+        finally:
+            runtime.remove(S1)
+            subprocess.run(["umount", disk], check=True)
+
     def test_an_image_that_is_not_there_is_named(self, runtime: ContainerRuntime, tmp_path: Path) -> None:
         reach = Reach(image="localhost:1/learner:missing")
         with pytest.raises(FlopsError) as caught:
@@ -246,16 +281,16 @@ class TestImages:
     status = RuntimeContract.status
 
     @pytest.fixture
-    def runtime(self, folder: Path, engine: ContainerEngine) -> Iterator[ContainerRuntime]:
-        runtime = make_runtime(folder, engine)
+    def runtime(self, folder: Path, any_engine: ContainerEngine) -> Iterator[ContainerRuntime]:
+        runtime = make_runtime(folder, any_engine)
         yield runtime
         runtime.remove(S1)
 
     def test_a_service_runs_in_its_image(
-        self, runtime: ContainerRuntime, engine: ContainerEngine, tmp_path: Path
+        self, runtime: ContainerRuntime, any_engine: ContainerEngine, tmp_path: Path
     ) -> None:
         blobs = FileBlobs(tmp_path / "blobs")
-        images = EngineImages(engine, blobs)
+        images = EngineImages(any_engine, blobs)
         reference = parse_reference("localhost:5000/flops/learner:one")
         name = images.load(reference, make_image(blobs, "/opt/of-the-image", "/srv/too"))
         assert name == "localhost:5000/flops/learner:one"
@@ -269,25 +304,25 @@ class TestImages:
         assert not images.remove(name)
         runtime.remove(S1)
         assert images.remove(name)
-        assert engine.image(name) is None
+        assert any_engine.image(name) is None
 
     def test_an_image_under_a_name_that_another_had_takes_its_place(
-        self, engine: ContainerEngine, tmp_path: Path
+        self, any_engine: ContainerEngine, tmp_path: Path
     ) -> None:
         blobs = FileBlobs(tmp_path / "blobs")
-        images = EngineImages(engine, blobs)
+        images = EngineImages(any_engine, blobs)
         reference = parse_reference("localhost:5000/flops/learner:moved")
         names = [images.load(reference, make_image(blobs, layer)) for layer in ("one", "two", "two")]
         assert len(set(names)) == 1
-        layers = (engine.image(names[0]) or {})["RootFS"]["Layers"]
+        layers = (any_engine.image(names[0]) or {})["RootFS"]["Layers"]
         assert layers == [f"sha256:{make_layer(blobs, 'two').diff_id}"]
         assert images.remove(names[0])
 
     def test_a_damaged_layer_ends_the_hand_over_and_the_next_try_works(
-        self, engine: ContainerEngine, tmp_path: Path
+        self, any_engine: ContainerEngine, tmp_path: Path
     ) -> None:
         blobs = FileBlobs(tmp_path / "blobs")
-        images = EngineImages(engine, blobs)
+        images = EngineImages(any_engine, blobs)
         image = make_image(blobs, "good", "bad", size=300_000)
         bad = make_layer(blobs, "bad", 300_000).blob.digest
         file = next(path for path in (tmp_path / "blobs").rglob("*") if path.name == bad)
@@ -298,14 +333,14 @@ class TestImages:
         with pytest.raises(FlopsError) as caught:
             images.load(reference, image)
         assert bad[:12] in caught.value.message
-        assert engine.image(str(reference)) is None
+        assert any_engine.image(str(reference)) is None
         file.write_bytes(whole)
         assert images.remove(images.load(reference, image))
 
-    def test_an_index_is_no_image(self, engine: ContainerEngine, tmp_path: Path) -> None:
+    def test_an_index_is_no_image(self, any_engine: ContainerEngine, tmp_path: Path) -> None:
         blobs = FileBlobs(tmp_path / "blobs")
         data = index_bytes([make_image(blobs, "one")])
         index = Descriptor(media_type=INDEX, digest=blobs.put(data), size=len(data))
         with pytest.raises(FlopsError) as caught:
-            EngineImages(engine, blobs).load(parse_reference("localhost:5000/flops/index:1"), index)
+            EngineImages(any_engine, blobs).load(parse_reference("localhost:5000/flops/index:1"), index)
         assert caught.value.code is ErrorCode.IMAGE_DAMAGED

@@ -33,6 +33,7 @@ class ContainerOutput:
         self._engine = engine
         self._folder = folder
         self._limit_bytes = limit_bytes
+        self._places: dict[ServiceId, tuple[int, int]] = {}  # as in the files, which a full disk keeps back
 
     def log_config(self, facts: EngineFacts) -> dict[str, Any]:
         """What the engine is told: keep it in a file of bounded size, which its API can read."""
@@ -57,12 +58,13 @@ class ContainerOutput:
         except OSError as exc:
             raise file_error(exc, self._folder) from exc
         (folder / PLACE_FILE).unlink(missing_ok=True)
+        self._places[service_id] = (0, 0)
         if heading:
             OutputWriter(self._path(service_id), self._limit_bytes).write_line(heading)
 
     def take(self, service_id: ServiceId, folder: Path, container: str) -> None:
         """Take over what a container has written since the last time."""
-        second, taken = _load_place(folder)
+        second, taken = self._places.get(service_id) or _load_place(folder)
         pieces = list(self._engine.logs(container, second))
         known = sum(1 for at_s, _ in pieces if at_s == second)
         new = pieces[taken if known >= taken else 0 :]  # fewer than before: the engine has begun a new file
@@ -72,8 +74,9 @@ class ContainerOutput:
         for _, data in new:
             writer.write(data)
         last = pieces[-1][0]
-        place = {"second": last, "taken": sum(1 for at_s, _ in pieces if at_s == last)}
-        with suppress(FlopsError):  # on a full disk, it is taken twice
+        place = last, sum(1 for at_s, _ in pieces if at_s == last)
+        self._places[service_id] = place
+        with suppress(FlopsError):  # on a full disk, the next daemon takes it once more
             write_durably(folder / PLACE_FILE, json.dumps(place))
 
     def read(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
@@ -89,6 +92,7 @@ class ContainerOutput:
 
     def remove(self, service_id: ServiceId) -> None:
         """Remove the files."""
+        self._places.pop(service_id, None)
         remove_output(self._path(service_id))
 
     def _path(self, service_id: ServiceId) -> Path:
@@ -97,7 +101,7 @@ class ContainerOutput:
 
 def _load_place(folder: Path) -> tuple[int, int]:
     try:
-        raw = json.loads((folder / PLACE_FILE).read_text())
-        return int(raw["second"]), int(raw["taken"])
-    except (OSError, ValueError, KeyError, TypeError):
+        second, taken = json.loads((folder / PLACE_FILE).read_text())
+        return int(second), int(taken)
+    except (OSError, ValueError, TypeError):
         return 0, 0

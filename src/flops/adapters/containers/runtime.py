@@ -51,7 +51,6 @@ _KILL_TIMEOUT_S = 20.0
 _POLL_S = 0.02
 _NOT_STARTED = frozenset({"created", "configured", "initialized"})
 _ENDED = frozenset({"exited", "stopped", "dead"})
-_AWAY = frozenset({ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT})
 
 _log = logging.getLogger(__name__)
 
@@ -196,11 +195,9 @@ class ContainerRuntime:
             return running
         try:
             return self._look(service_id, folder, launch)
-        except FlopsError as error:
-            if error.code not in _AWAY:
-                raise
+        except (FlopsError, EngineRefusedError) as exc:
             self._unknown.add(service_id)
-            return running.model_copy(update={"detail": error.message})
+            return running.model_copy(update={"detail": exc.message})
 
     def _look(self, service_id: ServiceId, folder: Path, launch: Mapping[str, Any]) -> ServiceStatus | None:
         """Ask the engine, and take over the end if it has ended."""
@@ -213,33 +210,29 @@ class ContainerRuntime:
             was_unknown = service_id in self._unknown
             self._unknown.discard(service_id)
             if container is None and (was_unknown or (folder / RUN_FILE).exists()):
-                self._write_exit(folder, {"problem": "was removed, by another than this node"})
+                record = {"problem": "was removed, by another than this node"}
             elif container is None or state.get("Status") in _NOT_STARTED:
                 return None
             elif state.get("Status") in _ENDED and not state.get("Running"):
-                self._take_end(service_id, folder, launch, state)
+                record = _end_of(state, launch, is_stopped=(folder / STOP_FILE).exists())
             else:
                 self._keep_process(folder, int(state.get("Pid") or 0))
                 return ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
-            return _ended(service_id, _read_json(folder / EXIT_FILE) or {})
+            self._take_end(service_id, folder, record)
+            return _ended(service_id, record)
 
-    def _take_end(
-        self, service_id: ServiceId, folder: Path, launch: Mapping[str, Any], state: Mapping[str, Any]
-    ) -> None:
-        name = self._container(service_id)
-        self._output.take(service_id, folder, name)
-        code = int(state.get("ExitCode", -1))
-        is_stopped = (folder / STOP_FILE).exists()
-        memory_mb = launch.get("memory_mb")
-        why = ""
-        if state.get("OOMKilled") and code != 0:
-            why = WANTED_MEMORY
-        elif code == _KILLED and memory_mb is not None and not is_stopped:
-            # Podman does not say it; who else kills by this signal is told apart by nobody.
-            why = f"was killed by SIGKILL: most likely it needed more than the {memory_mb} MB that it may use"
-        record = {"exit_code": _signal_or_code(code), "is_stopped": is_stopped, "out_of_memory": why}
-        self._write_exit(folder, record)
-        self._remove_container(service_id)
+    def _take_end(self, service_id: ServiceId, folder: Path, record: Mapping[str, Any]) -> None:
+        """Keep the output and the end here; the container is kept until both are."""
+        try:
+            self._output.take(service_id, folder, self._container(service_id))
+        except EngineRefusedError as exc:
+            _log.warning("the last output of %s is not to be had: %s", service_id, exc)
+        try:
+            self._write_exit(folder, record)
+        except FlopsError as error:
+            _log.warning("the end of %s is not kept yet: %s", service_id, error.message)
+        else:
+            self._remove_container(service_id)
 
     def _write_exit(self, folder: Path, record: Mapping[str, Any]) -> None:
         write_durably(folder / EXIT_FILE, json.dumps(record))
@@ -319,8 +312,8 @@ class ContainerRuntime:
         """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
         try:
             facts = self._engine_facts()
-        except (FlopsError, EngineRefusedError) as exc:
-            return (), f"the container engine does not answer: {exc}"
+        except FlopsError as error:
+            return (), error.message.rstrip(".")
         missing = [name for name in ("memory", "cpu", "pids") if name not in facts.limits]
         why = f"{', '.join(missing)}: {facts.name} does not limit it here" if missing else ""
         if missing and facts.is_rootless:
@@ -329,7 +322,12 @@ class ContainerRuntime:
 
     def _engine_facts(self) -> EngineFacts:
         if self._facts is None:
-            self._facts = self._engine.facts()
+            try:
+                self._facts = self._engine.facts()
+            except EngineRefusedError as exc:
+                raise FlopsError(
+                    ErrorCode.UNREACHABLE, f"The container engine cannot be used: {exc.message}."
+                ) from exc
         return self._facts
 
     def _folder(self, service_id: ServiceId) -> Path:
@@ -370,6 +368,19 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _end_of(state: Mapping[str, Any], launch: Mapping[str, Any], *, is_stopped: bool) -> dict[str, Any]:
+    """What is kept of an end, from the engine's words about it."""
+    code = int(state.get("ExitCode", -1))
+    memory_mb = launch.get("memory_mb")
+    why = ""
+    if state.get("OOMKilled") and code != 0:
+        why = WANTED_MEMORY
+    elif code == _KILLED and memory_mb is not None and not is_stopped:
+        # Podman does not say it; who else kills by this signal is told apart by nobody.
+        why = f"was killed by SIGKILL: most likely it needed more than the {memory_mb} MB that it may use"
+    return {"exit_code": _signal_or_code(code), "is_stopped": is_stopped, "out_of_memory": why}
 
 
 def _signal_or_code(code: int) -> int:
