@@ -316,21 +316,29 @@ def test_the_service_tells_its_address_answers_and_ends_in_peace(
     assert service.process.wait(20) == 0
 
 
-def test_a_service_that_is_told_to_end_goes_on_for_a_moment_and_lets_its_clients_go(
-    tmp_path: Path, folders: dict[str, Path]
-) -> None:
+@pytest.fixture
+def shared_service(tmp_path: Path, folders: dict[str, Path]) -> Iterator[Service]:
+    """A service whose port another one may take over."""
     service = Service(tmp_path, folders["numbers"], is_port_fixed=True)
-    url = f"http://{service.wait_for('listening')['address']}/ping"
+    yield service
+    service.process.kill()
+    service.process.wait()
+
+
+def test_a_service_that_is_told_to_end_goes_on_for_a_moment_and_lets_its_clients_go(
+    shared_service: Service,
+) -> None:
+    url = f"http://{shared_service.wait_for('listening')['address']}/ping"
     with httpx.Client(trust_env=False) as client:
         assert client.get(url).headers.get("connection") != "close"
-        service.process.send_signal(signal.SIGTERM)
+        shared_service.process.send_signal(signal.SIGTERM)
         until(
             lambda: client.get(url).headers.get("connection") == "close", "an answer that ends a connection"
         )
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
             assert client.get(url).status_code == 200
-    assert service.process.wait(20) == 0
+    assert shared_service.process.wait(20) == 0
 
 
 @pytest.mark.timeout(300)

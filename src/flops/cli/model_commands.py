@@ -63,7 +63,7 @@ def show_model(name: ModelArgument, output_format: FormatOption = OutputFormat.T
         facts = [
             ("State", record.state),
             ("Doing", record.doing),
-            ("Address", record.url or f"port {record.port} of {record.node}, which nothing answers at now"),
+            ("Address", record.url or (f"port {record.port} of {record.node}" if record.port else "")),
             ("Version", serving.version if serving is not None else ""),
             ("Last failure", record.failure.message if record.failure is not None else ""),
         ]
