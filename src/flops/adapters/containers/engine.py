@@ -77,7 +77,8 @@ class ContainerEngine:
             "pids": info.get("PidsLimit"),
         }
         groups = int(str(info.get("CgroupVersion") or 0))
-        is_rootless = any("rootless" in str(option) for option in info.get("SecurityOptions") or ())
+        options = " ".join(map(str, info.get("SecurityOptions") or ()))
+        is_rootless = bool(info.get("Rootless")) or "rootless" in options  # as Podman and Docker say it
         return EngineFacts(
             name="podman" if any("Podman" in name for name in components) else "docker",
             version=str(version.get("Version", "")),
@@ -148,7 +149,8 @@ class ContainerEngine:
         with self._answer("GET", f"/containers/{name}/logs", params) as answer:
             for frame in _frames(answer.read):
                 stamp, _, data = frame.partition(b" ")
-                yield int(datetime.fromisoformat(stamp.decode()).timestamp()), data
+                with contextlib.suppress(ValueError):  # what has no time has no place
+                    yield int(datetime.fromisoformat(stamp.decode()).timestamp()), data
 
     def has_image(self, reference: str) -> bool:
         """Whether an image is here."""
@@ -202,7 +204,11 @@ class ContainerEngine:
                 raise
 
     def _json(self, method: str, path: str, **options: Any) -> Any:
-        return json.loads(self._call(method, path, **options) or b"{}")
+        answer = self._call(method, path, **options)
+        try:
+            return json.loads(answer)
+        except ValueError as exc:
+            raise self._away(f"what it says about {path} is no JSON") from exc
 
     def _call(
         self,
@@ -242,13 +248,15 @@ class ContainerEngine:
                 raise FlopsError(
                     ErrorCode.TIMEOUT, f"The container engine at {self.socket} did not answer {path} in time."
                 ) from exc
-            except (OSError, HTTPException, ValueError) as exc:
-                why = str(exc) or type(exc).__name__
-                raise FlopsError(
-                    ErrorCode.UNREACHABLE,
-                    f"The container engine at {self.socket} does not answer: {why}.",
-                    hint="Start it: `systemctl start docker`, or `systemctl start podman.socket`.",
-                ) from exc
+            except (OSError, HTTPException) as exc:
+                raise self._away(str(exc) or type(exc).__name__) from exc
+
+    def _away(self, why: str) -> FlopsError:
+        return FlopsError(
+            ErrorCode.UNREACHABLE,
+            f"The container engine at {self.socket} does not answer: {why}.",
+            hint="Start it: `systemctl start docker`, or `systemctl start podman.socket`.",
+        )
 
 
 class _SocketConnection(HTTPConnection):
@@ -280,4 +288,7 @@ def _one_line(text: str) -> str:
 def _frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
     """The pieces of a multiplexed stream, each behind a head of 8 bytes that ends with its length."""
     while len(head := read(_FRAME_HEAD_BYTES)) == _FRAME_HEAD_BYTES:
-        yield read(int.from_bytes(head[4:], "big"))
+        size = int.from_bytes(head[4:], "big")
+        frame = read(size)
+        if len(frame) == size:
+            yield frame
