@@ -63,14 +63,14 @@ def test_a_server_that_was_there_is_waited_for_longer_than_one_that_never_was() 
     back.start()
     feed.wait(0.2, away_patience_s=60)
     assert sorted(tracker.runs[PROJECT].rounds) == [1]
-    feed.close(is_success=True, patience_s=5)
+    feed.close(has_failed=False, patience_s=5)
     back.join()
 
     tracker.problem = AWAY
     feed = make(lambda: tracker)
     with pytest.raises(FlopsError):
         feed.wait(0.2, away_patience_s=60)
-    feed.close(is_success=False, patience_s=0.1)
+    feed.close(has_failed=True, patience_s=0.1)
 
 
 def test_a_defect_of_the_tracker_is_told_and_does_not_end_the_feed() -> None:
