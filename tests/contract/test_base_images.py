@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +172,39 @@ class TestDebianBase(BaseImagesContract):
     ) -> None:
         again = debian(folder / "again").base(Platform.AMD64, blobs, ignore)
         assert again == bases.base(Platform.AMD64, blobs, ignore)
+
+
+# Runs mmdebstrap as it runs for users: with no right but to its own folder, and without a user namespace.
+AS_A_USER = """#!/bin/sh
+folder=$(mktemp -d -p {folder}) && chown 12345:12345 "$folder" || exit 1
+arguments=
+for argument; do
+  case $argument in
+    --mode=*) argument=--mode=chrootless ;;
+    *.tar) archive=$argument argument=$folder/base.tar ;;
+  esac
+  arguments="$arguments $argument"
+done
+TMPDIR=$folder HOME=$folder setpriv --reuid=12345 --regid=12345 --clear-groups mmdebstrap $arguments &&
+  mv "$folder/base.tar" "$archive"
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.root
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not DebianBase.is_possible(), reason="needs mmdebstrap")
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_users_make_the_same_base_as_root(folder: Path) -> None:
+    blobs = FileBlobs(folder / "layout", is_oci_layout=True)
+    expected = debian(folder / "bases").base(Platform.ARM64, blobs, ignore)
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        program = Path(home) / "as-a-user"
+        program.write_text(AS_A_USER.format(folder=home))
+        program.chmod(0o755)
+        made = debian(folder / "of a user", mmdebstrap=str(program)).base(Platform.ARM64, blobs, ignore)
+    assert made == expected
 
 
 def test_a_machine_without_mmdebstrap_is_told_what_to_do(tmp_path: Path, here: FileBlobs) -> None:

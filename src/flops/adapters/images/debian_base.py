@@ -6,6 +6,7 @@ wheels count on (libstdc++, libgomp), CA certificates and a shell.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ _LEFT_OUT = (
     "usr/share/lintian",
     "var/cache",
     "var/log",
+    "var/lib/dpkg",
 )
 _LEFT_OUT_ENDINGS = ("/gconv", "/pydoc_data", "/changelog.gz", "/changelog.Debian.gz")
 _TIMEOUT_S = 900.0
@@ -138,7 +140,10 @@ class DebianBase:
         )
 
     def _unpack_packages(self, platform: Platform, archive: Path, descriptor: int) -> None:
-        command = [self._program, "--quiet", "--variant=extract", f"--include={','.join(_PACKAGES)}"]
+        # Owners are not kept, so others than root need no user namespace, which many machines forbid.
+        mode = "root" if os.geteuid() == 0 else "chrootless"
+        command = [self._program, "--quiet", f"--mode={mode}", "--variant=extract"]
+        command += [f"--include={','.join(_PACKAGES)}"]
         command += [f"--architectures={platform.architecture}", self._suite, str(archive)]
         try:
             done = run_command(
@@ -182,7 +187,6 @@ def _extract(archive: Path, root: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             if member.isdir():
                 target.mkdir(exist_ok=True)
-                target.chmod(0o1777 if member.mode & 0o1000 else 0o755)
             elif member.issym():
                 target.symlink_to(member.linkname)
             elif member.islnk():
@@ -204,6 +208,9 @@ def _complete(root: Path) -> None:
     (root / "etc" / "passwd").write_text(_USERS)
     (root / "etc" / "group").write_text(_GROUPS)
     (root / "app").mkdir()
+    for name in ("tmp", "var/tmp"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name).chmod(0o1777)
     certificates = sorted((root / "usr" / "share" / "ca-certificates").rglob("*.crt"))
     file = root / _CERTIFICATES
     file.parent.mkdir(parents=True, exist_ok=True)

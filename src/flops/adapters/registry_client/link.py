@@ -62,7 +62,7 @@ class Link:
             stop_if_needless()
             try:
                 return attempt()
-            except (httpx.TransportError, httpx.RemoteProtocolError, PassingError) as exc:
+            except (httpx.TransportError, PassingError) as exc:
                 if progress() > reached:
                     failures, reached = 0, progress()
                 failures += 1
