@@ -243,7 +243,9 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
         409, 75, "`flops model deploy MODEL` deploys it; `flops model list` shows what is deployed where."
     ),
     ErrorCode.ROLLBACK_IMPOSSIBLE: ErrorSpec(
-        409, 76, "`flops model show` lists what was deployed; `flops model deploy --version` takes any version."
+        409,
+        76,
+        "`flops model show` lists what was deployed; `flops model deploy --version` takes any version.",
     ),
     ErrorCode.MODEL_DEPLOYED: ErrorSpec(
         409, 77, "Deploy another version, or `flops model undeploy MODEL`; then delete the project."
