@@ -30,6 +30,7 @@ from flops.node.report import read_report
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.testing.deployment import free_ports
+from flops.testing.podman import Podman, missing_for_podman, running_podman
 from flops.testing.waiting import until
 
 SLEEP = "import time; events.tell('progress', message='up'); time.sleep(600)"
@@ -554,3 +555,68 @@ def test_a_node_reveals_output_unless_told_otherwise(joined: PlayedNode, cluster
     failed = cluster.wait_for(ServiceState.FAILED)
     assert failed.error is not None
     assert failed.error["details"]["output"] == "patient-4711"
+
+
+@pytest.fixture
+def podman(node: PlayedNode, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Podman]:
+    """An engine for the node, which has joined and runs its services in containers."""
+    if missing := missing_for_podman():
+        pytest.skip(missing)
+    with running_podman() as podman:
+        monkeypatch.setenv("FLOPS_CONTAINER_SOCKET", str(podman.socket))
+        containers = {"virutalizaiton_name": "container", "virutalizaiton_active": True}
+        node.configure(cluster_address="127.0.0.1", cluster_port=cluster.port, virtualizations=[containers])
+        node.start()
+        until(cluster.is_connected, "joined")
+        yield podman
+        node.close()
+
+
+def test_a_container_outlives_a_killed_daemon_and_is_taken_over(
+    node: PlayedNode, podman: Podman, cluster: Cluster
+) -> None:
+    cluster.run(SLEEP, resources=Resources(memory_mb=300, vcpus=1))
+    until(lambda: cluster.told() == ["up"])
+    before = podman.run("ps", "--quiet")
+    assert len(before.split()) == 1
+    node.kill()
+    node.start()
+    until(lambda: "joined the cluster" in node.log.split("joined the cluster", 1)[1])
+    assert podman.run("ps", "--quiet") == before
+    cluster.orchestrator.stop_service(ServiceId("learner-p1-0"))
+    cluster.wait_for(ServiceState.STOPPED)
+    until(lambda: podman.run("ps", "--all", "--quiet") == "", "the end of the container")
+
+
+def test_the_end_of_a_container_that_a_daemon_missed_is_told(
+    node: PlayedNode, podman: Podman, cluster: Cluster
+) -> None:
+    program = (
+        "import pathlib, time\nevents.tell('progress', message='before')\n"
+        "while not pathlib.Path(context.work_dir, 'go').exists(): time.sleep(0.02)\n"
+        "print('said')\nevents.tell('progress', message='after')"
+    )
+    cluster.run(program)
+    until(lambda: cluster.told() == ["before"])
+    node.kill()
+    (node.home / "services/learner-p1-0/work/go").touch()
+    until(lambda: podman.run("ps", "--quiet") == "", "the end of the container")
+    node.start()
+    cluster.wait_for(ServiceState.COMPLETED)
+    assert cluster.told() == ["before", "after"]
+    until(cluster.is_connected, "joined")
+    assert cluster.orchestrator.service_logs(ServiceId("learner-p1-0")).text == "said\n"
+    assert podman.run("ps", "--all", "--quiet") == ""
+
+
+def test_a_service_waits_for_an_engine_that_is_away_and_the_nodes_stop_ends_it(
+    node: PlayedNode, podman: Podman, cluster: Cluster
+) -> None:
+    podman.kill()
+    cluster.run(SLEEP)
+    until(lambda: "The container engine" in cluster.status().detail)
+    assert not cluster.status().state.is_final
+    podman.start()
+    until(lambda: cluster.told() == ["up"])
+    node.stop()
+    assert podman.run("ps", "--all", "--quiet") == ""
