@@ -39,8 +39,12 @@ class StoppedError(FlopsError):
 
 @contextlib.contextmanager
 def stopped_when(is_needless: Callable[[], bool]) -> Iterator[None]:
-    """Have work in this context stop within about 100 ms of `is_needless` becoming true."""
-    token = _is_needless.set(is_needless)
+    """Have work in this context stop within about 100 ms of `is_needless` becoming true.
+
+    What makes the work around it needless makes this work needless, too.
+    """
+    outer = _is_needless.get()
+    token = _is_needless.set(lambda: is_needless() or outer())
     try:
         yield
     finally:

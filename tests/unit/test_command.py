@@ -99,3 +99,14 @@ def test_a_program_whose_result_nobody_needs_is_ended(tmp_path: Path) -> None:
         run("import time; time.sleep(60)", tmp_path)
     assert time.monotonic() - started < 5
     assert run("print(1)", tmp_path).exit_code == 0  # what comes afterwards is needed
+
+
+def test_work_within_needless_work_is_needless(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with (
+        stopped_when(lambda: time.monotonic() - started > 0.3),
+        stopped_when(lambda: False),
+        pytest.raises(StoppedError),
+    ):
+        run("import time; time.sleep(60)", tmp_path)
+    assert time.monotonic() - started < 5

@@ -7,8 +7,9 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from flops.adapters.images.bytecode import compile_modules
@@ -16,6 +17,7 @@ from flops.adapters.images.dependency_layer import ENVIRONMENT, Locked, dependen
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.uv_program import UvProgram
+from flops.command import StoppedError, stopped_when
 from flops.core.images import (
     CONFIG,
     INDEX,
@@ -71,12 +73,21 @@ class OciAssembler:
         Raises:
             FlopsError: see `flops.image_ports.ImageAssembler.assemble`.
         """
+        has_failed = threading.Event()
+
+        def image(platform: Platform) -> Descriptor:
+            try:
+                with stopped_when(has_failed.is_set):
+                    return self._image(recipe, platform, report)
+            except BaseException:
+                has_failed.set()
+                raise
+
         with ThreadPoolExecutor(max(1, len(recipe.platforms))) as pool:
             made = [
-                pool.submit(contextvars.copy_context().run, self._image, recipe, platform, report)
-                for platform in recipe.platforms
+                pool.submit(contextvars.copy_context().run, image, platform) for platform in recipe.platforms
             ]
-            images = [image.result() for image in made]
+        images = [each.result() for each in sorted(made, key=_is_stopped)]  # what stopped the others first
         return self._store(index_bytes(images), INDEX)
 
     def _image(self, recipe: ImageRecipe, platform: Platform, report: Report) -> Descriptor:
@@ -129,6 +140,10 @@ class OciAssembler:
     def _store(self, data: bytes, media_type: str, platform: str = "") -> Descriptor:
         digest = self._blobs.put(data)
         return Descriptor(media_type=media_type, digest=digest, size=len(data), platform=platform)
+
+
+def _is_stopped(image: Future[Descriptor]) -> bool:
+    return isinstance(image.exception(), StoppedError)
 
 
 def _check_python(lock: str, base: BaseImage) -> None:
