@@ -45,7 +45,7 @@ def deployment(podman: Podman, tmp_path: Path) -> Iterator[Deployment]:
 def test_a_project_runs_in_containers(deployment: Deployment, podman: Podman) -> None:
     sla = sla_file(
         deployment,
-        training_configuration={"min_available_clients": 2, "min_fit_clients": 2},
+        training_configuration={"min_available_clients": 2, "min_fit_clients": 2, "training_rounds": 2},
         post_training_steps=["build_image_for_trained_model", "deploy_trained_model_image"],
     )
     project_id = submit(deployment, sla)
@@ -65,7 +65,7 @@ def test_a_project_runs_in_containers(deployment: Deployment, podman: Podman) ->
     assert watching.returncode == 0, told
     shown = deployment.ask("project", "show", project_id)["project"]
     assert shown["stage"] == "completed"
-    assert seen == {"data", "aggregator", "learner", "inference"}
+    assert seen == {"ml", "aggregator", "learner", "inference"}  # ml-data-server
     assert len(podman.run("ps", "--all", "--quiet").split()) == 3  # the data servers and the model go on
     deployment.flops("project", "delete", project_id)
     deployment.wait_for(lambda: len(podman.run("ps", "--all", "--quiet").split()) == 2, "the model's end")

@@ -609,6 +609,21 @@ def test_the_end_of_a_container_that_a_daemon_missed_is_told(
     assert podman.run("ps", "--all", "--quiet") == ""
 
 
+def test_a_container_reads_what_a_strict_root_has_made(
+    node: PlayedNode, podman: Podman, cluster: Cluster
+) -> None:
+    node.stop()
+    before = os.umask(0o077)
+    try:
+        node.start()
+    finally:
+        os.umask(before)
+    until(cluster.is_connected, "joined")
+    bundle = cluster.blobs.put(bundle_of({"code/model.py": "print(1)"}))
+    cluster.run("print(open(context.repo_dir + '/code/model.py').read())", bundle=bundle)
+    cluster.wait_for(ServiceState.COMPLETED)
+
+
 def test_a_service_waits_for_an_engine_that_is_away_and_the_nodes_stop_ends_it(
     node: PlayedNode, podman: Podman, cluster: Cluster
 ) -> None:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -62,6 +63,8 @@ from flops.wiring.services import open_environments
 
 _WRITING_MOST_S = 600.0  # no file takes that long to be written
 _LOG_BYTES = 8 * 1024**2
+# Services in containers are another user, who reads environments and bundles; secrets have their own modes.
+_UMASK = 0o022
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +144,8 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         FlopsError: ``config_corrupt``, ``file_unreadable``, ``disk_full``.
     """
     conf = NodeConfiguration(node_conf_file(paths).load())
+    if conf.prefers_containers:
+        os.umask(_UMASK)
     clock = SystemClock()
     services, addon_runtime = node_runtimes(paths, conf)
     host = LocalHost(paths.home, conf.cluster_address, __version__, is_public=conf.is_public)
