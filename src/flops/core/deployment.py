@@ -15,6 +15,7 @@ from flops.errors import ErrorCode
 STARTS_MOST = 4  # of a version that ends again and again before it has answered
 # Told failures that may pass: whether the node's restarts help is seen by how many there are.
 _TRANSIENT = {ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT}
+_BEFORE_RUNNING = {ServiceState.PENDING, ServiceState.PREPARING, ServiceState.RESTARTING}
 
 
 class Launch(Value):
@@ -52,13 +53,16 @@ class Deployment(Value):
     node_id: NodeId = NodeId("")  # the address: that of the last version that answered, "" before the first
     node: str = ""
     port: int = 0
-    state: str = "stopped"  # starting, serving, swapping, lost (its node is gone), failed, stopped
+    state: str = (
+        "stopped"  # starting, serving, swapping, restarting, lost (its node is gone), failed, stopped
+    )
     url: str = ""  # where the model answers; "" while nothing serves
     doing: str = ""  # one sentence for people
     failure: Failure | None = None  # of the last attempt, or of the service that served
     history: tuple[ServedVersion, ...] = ()  # oldest first
     launches: int = 0  # so far; numbers the services
     is_lost: bool = False  # the node of `serving` is gone right now
+    is_restarting: bool = False  # `serving` is started again, and does not answer yet
     created_at_s: float = 0.0
     updated_at_s: float = 0.0
 
@@ -114,7 +118,7 @@ def answered(deployment: Deployment, service_id: ServiceId, url: str, now_s: flo
     if serving is not None and serving.service_id == service_id:
         doing = f"Serves version {serving.version}." if starting is None else deployment.doing
         back = serving.model_copy(update={"url": url})
-        return _changed(deployment, now_s, serving=back, is_lost=False, doing=doing)
+        return _changed(deployment, now_s, serving=back, is_lost=False, is_restarting=False, doing=doing)
     if starting is None or starting.service_id != service_id:
         return deployment
     launch = starting.model_copy(update={"url": url})
@@ -133,6 +137,7 @@ def answered(deployment: Deployment, service_id: ServiceId, url: str, now_s: flo
         serving=launch,
         starting=None,
         is_lost=False,
+        is_restarting=False,
         failure=None,
         node_id=launch.node_id,
         node=launch.node,
@@ -192,12 +197,14 @@ def changed(
         closed = _closed(deployment, now_s)
         return _changed(closed, now_s, serving=None, is_lost=False, failure=failure, doing=doing)
     is_lost = state is ServiceState.LOST
+    # One that was only out of sight runs on, and does not tell once more that it listens.
+    is_restarting = deployment.is_restarting or state in _BEFORE_RUNNING
     doing = deployment.doing
     if starting is None and is_lost:
         doing = f"{serving.node}, which serves version {serving.version}, is gone."
     elif starting is None and deployment.is_lost:
         doing = f"{serving.node} is back, and starts version {serving.version} again."
-    return _changed(deployment, now_s, is_lost=is_lost, doing=doing)
+    return _changed(deployment, now_s, is_lost=is_lost, is_restarting=is_restarting, doing=doing)
 
 
 def version_before(deployment: Deployment) -> ServedVersion | None:
@@ -233,5 +240,7 @@ def _state_of(deployment: Deployment) -> str:
     if deployment.starting is not None:
         return "starting" if deployment.serving is None else "swapping"
     if deployment.serving is not None:
-        return "lost" if deployment.is_lost else "serving"
+        if deployment.is_lost:
+            return "lost"
+        return "restarting" if deployment.is_restarting else "serving"
     return "stopped" if deployment.failure is None else "failed"

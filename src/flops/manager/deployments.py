@@ -211,9 +211,8 @@ class ModelDeployments:
             case ServiceTold(failure=failure):
                 moved = self._moved_on(record, service_id, failure)
                 return moved or moves.told(record, service_id, failure, now_s)
-            case ServiceChanged(state=ServiceState.PREPARING, detail=detail):
-                return moves.progressed(record, service_id, detail, now_s)
             case ServiceChanged() as change:
+                record = moves.progressed(record, service_id, _preparation(change), now_s)
                 failure = change.failure or _unexplained(change)
                 moved = self._moved_on(record, service_id, failure)
                 restarts = ServiceStatus.model_validate(event.payload).restarts
@@ -361,6 +360,10 @@ def _version_of(project: Project) -> str:
 def _rank(version: str) -> tuple[int, str]:
     """Versions of MLflow's registry are numbers, written as text."""
     return (int(version) if version.isdecimal() else 0, version)
+
+
+def _preparation(change: ServiceChanged) -> str:
+    return change.detail if change.state is ServiceState.PREPARING else ""
 
 
 def _unexplained(change: ServiceChanged) -> Failure:

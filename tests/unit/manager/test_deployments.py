@@ -190,10 +190,21 @@ def test_a_model_stays_on_its_node_while_that_is_away_and_goes_on_when_it_is_bac
     with refused(ErrorCode.PLACEMENT_IMPOSSIBLE):
         played.deploy(version="2")
     played.cluster.orchestrator.join(node_with("alpha"))
-    played.cluster.orchestrator.report(service_id, ServiceState.RUNNING)
+    for state in (ServiceState.PREPARING, ServiceState.RUNNING):
+        played.cluster.orchestrator.report(service_id, state)
+        assert played.until(lambda d: d.state != "lost").state == "restarting"
     played.tell_listening(service_id, 8080)
     assert played.until(lambda d: d.state == "serving").url == "http://10.0.0.1:8080"
     assert len(played.record.history) == 1
+
+
+def test_a_model_that_was_only_out_of_sight_serves_as_soon_as_it_is_seen(played: PlayedModels) -> None:
+    service_id = played.answer(played.deploy())
+    played.cluster.orchestrator.leave(ALPHA)
+    played.until(lambda d: d.state == "lost")
+    played.cluster.orchestrator.join(node_with("alpha"))
+    played.cluster.orchestrator.report(service_id, ServiceState.RUNNING)
+    played.until(lambda d: d.state == "serving")
 
 
 def test_a_model_whose_node_was_removed_goes_to_another_one(played: PlayedModels) -> None:
