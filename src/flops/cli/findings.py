@@ -42,6 +42,7 @@ def show_one_node(node: ExaminedNode) -> None:
                 f"{load.disk_free_mb:,} of {load.disk_total_mb:,} MB free" if load.disk_total_mb else "",
             ),
             ("GPUs", ", ".join(facts.gpus)),
+            ("runs services as", ", ".join(facts.runtimes)),
             ("limits", ", ".join(facts.limits) or "none"),
             ("versions", f"FLOps {facts.flops_version}, Python {facts.python_version}"),
             ("clock", "" if node.clock_skew_s is None else f"{node.clock_skew_s:+.1f} s"),
