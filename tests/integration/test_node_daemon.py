@@ -341,6 +341,9 @@ def test_a_service_that_needed_a_second_try_completes(joined: PlayedNode, cluste
         max_restarts=1,
     )
     assert cluster.wait_for(ServiceState.COMPLETED).restarts == 1
+    told = [event.payload for event in cluster.orchestrator.events(after=0) if event.kind == "service"]
+    restarts = [status for status in told if status["state"] == ServiceState.RESTARTING.value]
+    assert all(status["error"] for status in restarts)  # no later step hides the reason
 
 
 def test_a_killed_shim_is_a_failure_and_a_restart(joined: PlayedNode, cluster: Cluster) -> None:

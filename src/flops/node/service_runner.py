@@ -251,8 +251,9 @@ class ServiceRunner:
 
     def _report(self, step: str) -> None:
         with self._lock:
-            if not self.status.state.is_final:
-                self._move(self.status.state, step)
+            state = self.status.state
+            if not state.is_final:  # a restart was told with its reason, which no step may hide
+                self._move(ServiceState.PREPARING if state is ServiceState.RESTARTING else state, step)
 
     def _move(
         self,
