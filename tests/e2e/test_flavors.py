@@ -95,3 +95,5 @@ def test_a_network_learns_and_is_served(
     scores = predict(project, pixels[:300])
     assert scores.shape == (300, 10)
     assert np.mean(scores.argmax(axis=1) == labels[:300]) >= 0.85
+    output = deployment.flops("project", "logs", project["id"], "--service", "inference")
+    assert "━" not in output.stdout + output.stderr  # Keras's progress bar, one for every request

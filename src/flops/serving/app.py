@@ -85,6 +85,8 @@ class Model:
                 hint="A module that is missing must be in the repository or in its dependency file.",
                 details={"traceback": traceback.format_exc()},
             ) from exc
+        if keras := sys.modules.get("keras"):  # it draws a progress bar for every request
+            keras.utils.disable_interactive_logging()
         self._schema = self.pyfunc.metadata.get_input_schema()
         self._width, self._dtype = _plain_rows(self._schema)
         self._predict_rows = _row_predictor(self.pyfunc)
