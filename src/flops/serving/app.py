@@ -85,8 +85,6 @@ class Model:
                 hint="A module that is missing must be in the repository or in its dependency file.",
                 details={"traceback": traceback.format_exc()},
             ) from exc
-        if keras := sys.modules.get("keras"):  # it draws a progress bar for every request
-            keras.utils.disable_interactive_logging()
         self._schema = self.pyfunc.metadata.get_input_schema()
         self._width, self._dtype = _plain_rows(self._schema)
         self._predict_rows = _row_predictor(self.pyfunc)
@@ -111,6 +109,8 @@ class Model:
         Raises:
             FlopsError: ``input_invalid``.
         """
+        if keras := sys.modules.get("keras"):  # it draws a progress bar for every request, thread by thread
+            keras.utils.disable_interactive_logging()
         quick = self._answer_rows(body) if content_type.lower() in _JSON_TYPES else None
         if quick is not None:
             return quick
