@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+PACKAGING ?= environment
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -46,11 +47,11 @@ chaos: install ## the long tests of faults: kills at every stage, a soak of 200 
 flavors: install ## train and serve a model of each big library: PyTorch, TensorFlow
 	$(BIN)/pytest -m flavors -s
 
-demo: install ## run the main job on real data, from two fresh nodes to a served model
-	$(BIN)/python scripts/demo.py
+demo: install ## run the main job on real data; PACKAGING=image runs it in containers
+	$(BIN)/python scripts/demo.py --packaging $(PACKAGING)
 
 demo-stop: install ## stop what the demo left running; its state stays in .demo
-	$(BIN)/python scripts/demo.py --stop
+	$(BIN)/python scripts/demo.py --packaging $(PACKAGING) --stop
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo .demo-image

@@ -1,7 +1,8 @@
 """The main job on real data: two prepared nodes, devices' data, a plain ML repository, a served model.
 
 It only types what its users type (every command is printed before it runs), and reads what they read. State
-lives in `.demo/`. A second run finds the first one's control plane and nodes, and uses them.
+lives in `.demo/`. A second run finds the first one's control plane and nodes, and uses them. With
+`--packaging image` all services run in containers, from images; the state is in `.demo-image/` then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
+
+from flops.adapters.containers.detection import engine_socket
+from flops.adapters.containers.engine import ContainerEngine, EngineRefusedError
+from flops.errors import FlopsError
+from flops.testing.podman import Podman, missing_for_podman
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 NODES = ("node-1", "node-2")
@@ -25,8 +33,9 @@ NODES = ("node-1", "node-2")
 class Demo:
     """The steps of the demo, in the order in which users take them."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, packaging: str) -> None:
         self.home = home
+        self.packaging = packaging
         self.started = time.monotonic()
         self.timings: list[tuple[str, float]] = []
         self.env = {**os.environ, "FLOPS_HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -57,6 +66,29 @@ class Demo:
 
     # --- the steps ---
 
+    def find_engine(self) -> None:
+        with self.stage("Find a container engine"):
+            socket = engine_socket(None, os.environ)
+            if not answers(socket):
+                missing = missing_for_podman()
+                if missing:
+                    print(f"There is none, and none can be started: it {missing}.")
+                    raise SystemExit(1)
+                podman = Podman(self.engine_folder)
+                socket = podman.socket
+                if not answers(socket):
+                    podman.start()
+                    print("There was none: Podman was started for the demo.")
+            print(f"Its socket is {self._short(str(socket))}.")
+            self.env["FLOPS_CONTAINER_SOCKET"] = str(socket)
+
+    @property
+    def engine_folder(self) -> Path:
+        """Of the engine that the demo starts if there is none."""
+        folder = self.home / "engine"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def start_control_plane(self) -> None:
         with self.stage("Start the control plane: manager, cluster orchestrator, MLflow"):
             if self.is_up():
@@ -82,6 +114,8 @@ class Demo:
                 self.type(*node, "config", "addon", "FLOps-learner", "on")
                 if number == 0:
                     self.type(*node, "config", "addon", "imageBuilder", "on")
+                if self.packaging == "image":
+                    self.type(*node, "config", "virtualization", "container", "on")
                 self.type(*node, "stop")
                 self.type(*node, "-a", host, "-p", port, "-d")
                 self.type(*node, "config", "addon")
@@ -140,6 +174,7 @@ class Demo:
         with self.stage("Submit the project: federate, build, place, train, serve"):
             sla = json.loads((ROOT / "examples/slas/projects/mnist_sklearn_small.json").read_text())
             sla["ml_repo_url"] = repository.as_uri()
+            sla["packaging"] = self.packaging
             path = self.home / "mnist_sklearn_small.json"
             path.write_text(json.dumps(sla, indent=2) + "\n")
             output = self.type("flops", "project", "create", str(path), "--watch")
@@ -176,8 +211,11 @@ class Demo:
         print(
             f"  Look around:  export FLOPS_HOME={home} PATH=.venv/bin:$PATH; flops project show {project_id}"
         )
-        print("  Again:        make demo        (the same nodes, data and environment: straight to training)")
-        print("  Stop all:     make demo-stop   (state stays in .demo; remove it with rm -rf .demo)")
+        option = " PACKAGING=image" if self.packaging == "image" else ""
+        print(f"  Again:        make demo{option}        (the same nodes, data and environment)")
+        print(
+            f"  Stop all:     make demo-stop{option}   (state stays in {home}; remove it with rm -rf {home})"
+        )
         if accuracy < 0.80:
             print(f"\nThe accuracy {accuracy:.3f} is below 0.80: something is wrong.")
             raise SystemExit(1)
@@ -186,13 +224,27 @@ class Demo:
         for name in NODES:
             self.type("NodeEngine", "--home", str(self.home / name), "stop", check=False)
         self.type("flops", "down", check=False)
+        for process in psutil.process_iter(["cmdline"]):
+            if f"unix://{self.engine_folder}/podman.sock" in (process.info["cmdline"] or ()):
+                process.kill()
 
     def run(self) -> None:
+        if self.packaging == "image":
+            self.find_engine()
         self.start_control_plane()
         self.prepare_nodes()
         self.send_data()
         project_id = self.train(self.make_repository())
         self.summarise(project_id, self.predict(project_id))
+
+
+def answers(socket: Path) -> bool:
+    """Whether a container engine listens there."""
+    try:
+        ContainerEngine(socket).facts()
+    except (FlopsError, EngineRefusedError):
+        return False
+    return True
 
 
 class Stage:
@@ -212,11 +264,18 @@ class Stage:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--home", type=Path, default=ROOT / ".demo", help="folder of all state")
+    parser.add_argument("--home", type=Path, help="folder of all state; .demo, or .demo-image for images")
+    parser.add_argument(
+        "--packaging",
+        choices=("environment", "image"),
+        default="environment",
+        help="what the project runs from",
+    )
     parser.add_argument("--stop", action="store_true", help="stop what an earlier demo left running")
     parser.add_argument("--stop-after", action="store_true", help="stop everything at the end")
     arguments = parser.parse_args()
-    demo = Demo(arguments.home.resolve())
+    name = ".demo-image" if arguments.packaging == "image" else ".demo"
+    demo = Demo((arguments.home or ROOT / name).resolve(), arguments.packaging)
     if arguments.stop:
         demo.stop()
         return

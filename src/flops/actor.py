@@ -46,6 +46,7 @@ class ActorContext:
         project_python: interpreter of the project's environment, "" when the spec names none.
         model_python: interpreter of the environment that saves and serves models, "" likewise.
         environments_dir: folder of the node's virtual environments, shared by its services.
+        images_dir: folder where a builder keeps what images are made of; "" elsewhere.
         data_address: ``host:port`` of the node's ML data server, "" when the node has none.
         data_token: token for it with the rights this service needs, and no more.
         disclosure: what the node reveals about failures of users' code, a value of `Disclosure`.
@@ -63,6 +64,7 @@ class ActorContext:
     project_python: str = ""
     model_python: str = ""
     environments_dir: str = ""
+    images_dir: str = ""
     data_address: str = ""
     data_token: str = ""
     disclosure: str = Disclosure.FULL.value

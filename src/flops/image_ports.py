@@ -39,6 +39,31 @@ class KeptImageBlobs(ImageBlobs, KeptBlobs, Protocol):
     """Parts of images that are kept while they are needed, and a while longer."""
 
 
+class NamedImages(Protocol):
+    """Images of this machine by name. What no name leads to may be removed."""
+
+    def images(self) -> dict[str, Descriptor]:
+        """All images by their names.
+
+        Raises: FlopsError: ``image_damaged`` when the names cannot be read.
+        """
+        ...
+
+    def put(self, name: str, image: Descriptor) -> None:
+        """Have a name lead to an image, and to no other any more; durably.
+
+        Raises: FlopsError: ``image_not_found`` when the image is not here; ``disk_full``.
+        """
+        ...
+
+    def parts(self, image: Descriptor) -> dict[Digest, int]:
+        """Everything an image is made of, each with its size in bytes.
+
+        Raises: FlopsError: ``not_found``, ``image_damaged``.
+        """
+        ...
+
+
 class Registry(Protocol):
     """A registry of images, elsewhere. Every call takes up again what a broken connection interrupted."""
 

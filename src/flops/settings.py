@@ -64,6 +64,18 @@ class ControlSettings(Settings):
     load_timeout_s: int = Field(
         600, ge=1, description="longest loading of a learner's code and data without a new row, in seconds"
     )
+    packaging: str = Field(
+        "environment",
+        pattern="^(environment|image)$",
+        description="what projects run from whose SLA does not say: `environment` or `image`",
+    )
+    registry: str | None = Field(
+        None, description="`host:port` of the registry for images; the control plane's own if not given"
+    )
+    base_image: str | None = Field(
+        None,
+        description="image with Python that images are put on; one of Debian's packages if not given",
+    )
     max_blob_mb: int = Field(16_384, ge=1, description="largest repository, lock or model taken in, in MiB")
     keep_logs_projects: int = Field(200, ge=0, description="of how many ended projects output is kept")
     keep_logs_days: float = Field(30.0, ge=0, description="how many days it is kept after a project's end")

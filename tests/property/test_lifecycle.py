@@ -15,6 +15,7 @@ from flops.core.lifecycle import IllegalTransitionError, new_project, step
 from flops.core.project import (
     Environment,
     Failure,
+    Images,
     Placement,
     Project,
     ProjectEvent,
@@ -23,6 +24,7 @@ from flops.core.project import (
     Stage,
     TrainedModel,
 )
+from flops.core.sla import Packaging
 from flops.testing.projects import sla_with
 
 REPOSITORY = Repository(
@@ -35,6 +37,7 @@ PLACEMENT = Placement(
     builder=NodeId("n1"),
     inference=NodeId("n1"),
 )
+IMAGES = Images(aggregator="flops/p1@sha256:aa", learner="flops/p1@sha256:bb")
 MODEL = TrainedModel(experiment_id="1", run_id="r", model_uri="u", name="m", version="1", round=1)
 CODES = st.sampled_from(["user_code_failed", "internal", "unreachable", "no_matching_data", "out_of_memory"])
 FAILURES = st.builds(Failure, code=CODES, message=st.just("It failed."))
@@ -43,6 +46,7 @@ SERVICES = st.sampled_from(
         ServiceId(f"{name}")
         for name in (
             "builder-p1",
+            "builder-p1-2",
             "aggregator-p1",
             "learner-p1-1",
             "learner-p1-2",
@@ -59,7 +63,7 @@ ROUNDS = st.integers(min_value=1, max_value=4)
 NUMBERS = st.none() | st.floats(min_value=0, max_value=1)
 
 OF_SERVICES = st.one_of(
-    st.builds(life.EnvironmentLocked, environment=st.just(ENVIRONMENT)),
+    st.builds(life.EnvironmentLocked, environment=st.just(ENVIRONMENT), images=st.none() | st.just(IMAGES)),
     st.builds(life.AggregatorListening, service_id=st.just(ServiceId("aggregator-p1")), address=ADDRESSES),
     st.builds(life.TrainingStarted, tracking_url=st.sampled_from(["", "http://u"])),
     st.builds(life.LearnerJoined, learner=LEARNERS, node=NODE),
@@ -98,7 +102,7 @@ OF_THE_MANAGER = st.one_of(
         life.RepositoryResolved, repository=st.just(REPOSITORY), environment=st.none() | st.just(ENVIRONMENT)
     ),
     st.builds(life.PlacementDecided, placement=st.just(PLACEMENT)),
-    st.builds(life.ModelPackaged),
+    st.builds(life.ModelPackaged, image=st.sampled_from(["", "flops/p1@sha256:cc"])),
     st.builds(life.StepFailed, kind=st.sampled_from(list(EffectKind)), failure=FAILURES),
     st.builds(life.ServicesEnded, services=st.lists(SERVICES, max_size=3).map(tuple)),
 )
@@ -115,7 +119,7 @@ DECISIVE = {
 # What brings a project on, so that runs reach every stage.
 NEXT: dict[Stage, life.LifecycleEvent] = {
     Stage.RESOLVING: life.PlacementDecided(placement=PLACEMENT),
-    Stage.BUILDING: life.EnvironmentLocked(environment=ENVIRONMENT),
+    Stage.BUILDING: life.EnvironmentLocked(environment=ENVIRONMENT, images=IMAGES),
     Stage.TRAINING: life.TrainingCompleted(model=MODEL),
     Stage.PACKAGING: life.ModelPackaged(),
     Stage.DEPLOYING: life.InferenceListening(service_id=ServiceId("inference-p1"), url="http://h:8080"),
@@ -135,8 +139,10 @@ class LifeMachine(RuleBasedStateMachine):
         self.past: list[life.LifecycleEvent] = []
         self.requested: set[str] = set()
 
-    @initialize()
-    def submit(self) -> None:
+    @initialize(packaging=st.sampled_from(Packaging))
+    def submit(self, packaging: Packaging) -> None:
+        sla = self.project.sla.model_copy(update={"packaging": packaging})
+        self.project = self.before = self.project.model_copy(update={"sla": sla})
         self.happen(life.Submitted())
 
     @rule(event=OF_SERVICES)

@@ -1,4 +1,4 @@
-"""The builder: locks the environments of a repository, and builds them once where problems show."""
+"""The builder: locks the environments of a repository, builds them where problems show, and makes images."""
 
 from __future__ import annotations
 
@@ -9,74 +9,133 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 
 from flops.actor import ActorContext, EventLog
+from flops.builder.images import ImageTools, ProjectImages
 from flops.command import StoppedError, stopped_when
 from flops.core.ids import Digest, EnvironmentKey
+from flops.core.project import Environment
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Environments
-from flops.wire.services import BuilderConfig
+from flops.wire.services import BuilderConfig, ImageOrder
 
-_UPLOAD_TIMEOUT_S = 60.0
+_TIMEOUT_S = 60.0
+OpenImages = Callable[[Path, ImageOrder, frozenset[str]], ImageTools]
 _UPLOAD_ATTEMPTS = 5
 
 
-def main(context: ActorContext, events: EventLog, open_environments: Callable[[Path], Environments]) -> None:
+def main(
+    context: ActorContext,
+    events: EventLog,
+    open_environments: Callable[[Path], Environments],
+    open_images: OpenImages,
+) -> None:
     """Lock the environments of the bundle's repository, store both locks as blobs, and tell the environment.
 
     Both environments are built here first: what cannot be built is known before any learner is placed, and a
-    learner on this node finds its environment ready. SIGTERM ends it without half an environment left behind.
+    learner on this node finds its environment ready. A project that runs from images gets images instead;
+    likewise its trained model. SIGTERM ends it without half an environment left behind.
 
     Args:
         context: `repo_dir`, `blobs_url`, `environments_dir` and a `BuilderConfig`.
         events: gets progress, then ``environment_locked``.
         open_environments: makes the environments of a folder.
+        open_images: makes the tools for images, which keep what they need in a folder; given the registries
+            that are spoken to in the clear.
 
     Raises:
-        FlopsError: as `flops.ports.Environments`; ``unreachable`` when the locks cannot be stored.
+        FlopsError: as `flops.ports.Environments` and `ProjectImages`; ``unreachable`` when the locks cannot
+            be stored or fetched.
     """
     told_to_end = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())
     try:
         with stopped_when(told_to_end.is_set):
-            _build(context, events, open_environments)
+            _Build(context, events, open_environments, open_images).run()
     except StoppedError:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _build(
-    context: ActorContext, events: EventLog, open_environments: Callable[[Path], Environments]
-) -> None:
-    config = BuilderConfig.model_validate(context.config)
-    root = (
-        Path(context.environments_dir) if context.environments_dir else Path(context.work_dir, "environments")
-    )
-    environments = open_environments(root)
+class _Build:
+    def __init__(
+        self,
+        context: ActorContext,
+        events: EventLog,
+        open_environments: Callable[[Path], Environments],
+        open_images: OpenImages,
+    ) -> None:
+        self._context = context
+        self._events = events
+        self._config = BuilderConfig.model_validate(context.config)
+        self._open_environments = open_environments
+        self._open_images = open_images
 
-    def report(message: str) -> None:
-        events.tell("progress", message=message)
+    def run(self) -> None:
+        order = self._config.images
+        environment = self._config.environment
+        with httpx.Client(timeout=_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
+            if environment is None:
+                environment, lock, model_lock = self._lock(client, is_built=order is None)
+            else:
+                lock = self._fetch(client, environment.lock)
+                model_lock = self._fetch(client, environment.model_lock)
+        images = None
+        if order is not None:
+            url = urlsplit(self._context.blobs_url)
+            plain_http = frozenset({url.netloc} if url.scheme == "http" else ())
+            tools = self._open_images(Path(self._context.images_dir), order, plain_http)
+            project = ProjectImages(tools, order, self._context, url.netloc)
+            if order.model is not None:
+                self._events.tell("model_image_pushed", image=project.push_model(model_lock, self._report))
+                return
+            images = project.push_training(lock, model_lock, self._report)
+        self._events.tell(
+            "environment_locked",
+            environment=environment.model_dump(mode="json"),
+            **({"images": images.model_dump(mode="json")} if images is not None else {}),
+        )
 
-    lock, model_lock, environment = environments.lock(
-        Path(context.repo_dir), config.flavor, report, needs_gpu=config.needs_gpu
-    )
-    for note in environment.notes:
-        report(note)
-    with ThreadPoolExecutor(2) as pool:
-        builds = [
-            pool.submit(contextvars.copy_context().run, environments.materialise, text, report)
-            for text in (lock, model_lock)
-        ]
-        for build in builds:
-            build.result()
-    with httpx.Client(timeout=_UPLOAD_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
-        for text in (lock, model_lock):
+    def _report(self, message: str) -> None:
+        self._events.tell("progress", message=message)
+
+    def _lock(self, client: httpx.Client, *, is_built: bool) -> tuple[Environment, str, str]:
+        """Lock both environments, and store the locks."""
+        context = self._context
+        root = Path(context.environments_dir or Path(context.work_dir, "environments"))
+        environments = self._open_environments(root)
+        lock, model_lock, environment = environments.lock(
+            Path(context.repo_dir), self._config.flavor, self._report, needs_gpu=self._config.needs_gpu
+        )
+        for note in environment.notes:
+            self._report(note)
+        locks = (lock, model_lock)
+        if is_built:
+            with ThreadPoolExecutor(len(locks)) as pool:
+                builds = [
+                    pool.submit(contextvars.copy_context().run, environments.materialise, text, self._report)
+                    for text in locks
+                ]
+                for build in builds:
+                    build.result()
+        for text in locks:
             _store(client, context.blobs_url, text.encode())
-    environment = environment.model_copy(update={"key": EnvironmentKey(config.environment_key)})
-    events.tell("environment_locked", environment=environment.model_dump(mode="json"))
+        environment = environment.model_copy(update={"key": EnvironmentKey(self._config.environment_key)})
+        return environment, lock, model_lock
+
+    def _fetch(self, client: httpx.Client, lock: Digest) -> str:
+        url = f"{self._context.blobs_url}/{lock}"
+        try:
+            answer = client.get(url).raise_for_status()
+        except httpx.HTTPError as exc:
+            raise FlopsError(
+                ErrorCode.UNREACHABLE, f"The lock {lock[:12]} cannot be fetched from {url}: {exc}."
+            ) from exc
+        return answer.text
 
 
 def _store(client: httpx.Client, blobs_url: str, data: bytes) -> Digest:

@@ -24,6 +24,7 @@ SECRET_FILE = "secret"  # noqa: S105 (a file's name)
 CLUSTER_FILE = "cluster.sqlite"
 PROJECTS_FILE = "projects.sqlite"
 TRACKING_FOLDER = "mlflow"
+IMAGES_FOLDER = "images"  # what the cluster's registry keeps
 
 _log = logging.getLogger(__name__)
 

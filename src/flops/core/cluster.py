@@ -14,6 +14,7 @@ from flops.errors import ErrorCode, FlopsError
 
 LEARNER_ADDON = "FLOps-learner"
 IMAGE_BUILDER_ADDON = "image-builder"
+CONTAINER_RUNTIME = "container"  # among `NodeFacts.runtimes`
 NODE_LOST_AFTER_S = 8.0  # silence after which a node counts as gone; users see it within 10 s
 HEARTBEAT_INTERVAL_S = 2.0
 DEFAULT_PIDS = 2_048  # processes and threads of a service that asks for no limit
@@ -184,6 +185,7 @@ class ServiceSpec(Value):
     bundle: Digest | None = None  # tar.gz blob unpacked for the service: the ML repository, or a model
     environment: Digest | None = None  # lock blob of the project's environment
     model_environment: Digest | None = None  # lock blob of the environment that saves and serves models
+    image: str = ""  # OCI image with all of that, as ``name@sha256:…``; "" to run from environments
     resources: Resources = Resources()
     max_restarts: int = 0  # restarts by the node after a failure, with back-off
     max_unheard_restarts: int | None = None  # while it has never told that it listens; None: max_restarts

@@ -14,7 +14,7 @@ from flops.core.cluster import ServiceState
 from flops.core.effects import EffectKind
 from flops.core.ids import ServiceId
 from flops.core.model import Value
-from flops.core.project import Environment, Failure, Placement, Repository, Round, TrainedModel
+from flops.core.project import Environment, Failure, Images, Placement, Repository, Round, TrainedModel
 
 
 class LifecycleEvent(Value):
@@ -47,9 +47,10 @@ class PlacementDecided(LifecycleEvent):
 
 
 class EnvironmentLocked(LifecycleEvent):
-    """The builder is done."""
+    """The builder is done; `images` when the project runs from images."""
 
     environment: Environment
+    images: Images | None = None
 
 
 class AggregatorListening(LifecycleEvent):
@@ -114,7 +115,9 @@ class TrainingCompleted(LifecycleEvent):
 
 
 class ModelPackaged(LifecycleEvent):
-    """What serves the model is stored: the model's bundle, and the lock of its environment."""
+    """What serves the model is stored: the model's bundle, and the lock of its environment or its image."""
+
+    image: str = ""  # ``name@sha256:…`` when the project runs from images
 
 
 class InferenceListening(LifecycleEvent):

@@ -50,6 +50,18 @@ class Platform(StrEnum):
     AMD64 = "linux/amd64"
     ARM64 = "linux/arm64"
 
+    @classmethod
+    def of(cls, machine: str) -> Platform:
+        """The platform of a machine, by what ``uname -m`` prints.
+
+        Raises:
+            FlopsError: ``config_invalid`` for another one.
+        """
+        found = next((platform for platform in cls if platform.machine == machine), None)
+        if found is None:
+            raise FlopsError(ErrorCode.CONFIG_INVALID, f"No images are made for machines of {machine}.")
+        return found
+
     @property
     def architecture(self) -> str:
         """As OCI, Docker and Debian name it."""

@@ -124,11 +124,12 @@ def _repository_resolved(change: Change, event: RepositoryResolved) -> None:
         environment=event.environment,
         doing="Looks for nodes that can take the project.",
     )
-    known = (
-        "its environment is known already, nothing has to be built"
-        if event.environment
-        else "its environment has to be built"
-    )
+    if event.environment is None:
+        known = "its environment has to be built"
+    elif change.project.runs_images:
+        known = "its environment is known already, only its code has to be put into images"
+    else:
+        known = "its environment is known already, nothing has to be built"
     change.note(f"The repository is at commit {commit[:12]}; {known}.", commit=commit)
     change.request(EffectKind.DECIDE_PLACEMENT)
 
@@ -136,22 +137,24 @@ def _repository_resolved(change: Change, event: RepositoryResolved) -> None:
 def _try_placement(change: Change, event: PlacementDecided) -> None:
     if change.project.repository is None:
         return
-    if change.project.environment is not None:
+    if not change.project.needs_build:
         _place(change, event)
         return
+    what = "images" if change.project.runs_images else "environment"
     builder = service_moves.service_id("builder", change.project)
     node = event.nodes.get(event.placement.builder or "", "a node")
     change.set(placement=event.placement, services=(*change.project.services, builder))
-    change.enter(Stage.BUILDING, f"Builds the environment on {node}. This can take some minutes.")
-    change.note(f"The project can be placed. Its environment is built on {node}.", node=node)
+    change.enter(Stage.BUILDING, f"Builds the {what} on {node}. This can take some minutes.")
+    change.note(f"The project can be placed. The {what} of it is built on {node}.", node=node)
     change.request(EffectKind.START_BUILDER)
 
 
 def _environment_locked(change: Change, event: EnvironmentLocked) -> None:
     # The nodes may have changed while the environment was built: place anew.
-    change.set(environment=event.environment, placement=None)
+    change.set(environment=event.environment, images=event.images, placement=None)
     notes = " ".join(event.environment.notes)
-    change.note(f"The environment is built. {notes}".strip(), notes=list(event.environment.notes))
+    what = "The environment is built." if event.images is None else "The images are built and pushed."
+    change.note(f"{what} {notes}".strip(), notes=list(event.environment.notes))
     change.enter(Stage.PLACING, "Looks for nodes that can take the project.")
     change.request(EffectKind.DECIDE_PLACEMENT)
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, AddonState, Node, Resources
+from flops.core.cluster import (
+    CONTAINER_RUNTIME,
+    IMAGE_BUILDER_ADDON,
+    LEARNER_ADDON,
+    AddonState,
+    Node,
+    Resources,
+)
 from flops.core.ids import NodeId
 from flops.core.project import Placement
-from flops.core.sla import PostTrainingStep, ProjectSla, ResourceConstraints
+from flops.core.sla import Packaging, PostTrainingStep, ProjectSla, ResourceConstraints
 from flops.errors import ErrorCode, FlopsError
 
 # What an interpreter with the libraries of machine learning takes before the first row is loaded. The SLA's
@@ -57,11 +64,20 @@ def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> 
     aggregator = _first_capable("the aggregator", powerful_first, _host_obstacle(sla, aggregator_resources))
     builder = None
     if needs_build:
-        builder = _first_capable("the image builder", powerful_first, _builder_obstacle)
+        builder = place_builder(powerful_first)
     inference = (
         place_inference(sla, nodes) if PostTrainingStep.DEPLOY_IMAGE in sla.post_training_steps else None
     )
     return Placement(aggregator=aggregator, learners=learners, builder=builder, inference=inference)
+
+
+def place_builder(nodes: Sequence[Node]) -> NodeId:
+    """Choose the node of a builder.
+
+    Raises:
+        FlopsError: ``placement_impossible``.
+    """
+    return _first_capable("the image builder", sorted(nodes, key=_rank), _builder_obstacle)
 
 
 def place_inference(sla: ProjectSla, nodes: Sequence[Node], *, preferred: NodeId | None = None) -> NodeId:
@@ -134,6 +150,7 @@ def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
         return (
             _addon_obstacle(node, LEARNER_ADDON)
             or _rows_obstacle(node, tags)
+            or _runtime_obstacle(node, sla)
             or _resource_obstacle(node, sla, learner_resources(sla.resource_constraints))
             or _gpu_obstacle(node, sla.resource_constraints.vgpus)
         )
@@ -143,7 +160,9 @@ def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
 
 def _host_obstacle(sla: ProjectSla, resources_of: Callable[[ResourceConstraints], Resources]) -> _Obstacle:
     resources = resources_of(sla.resource_constraints)
-    return lambda node: _away(node) or _resource_obstacle(node, sla, resources)
+    return lambda node: (
+        _away(node) or _runtime_obstacle(node, sla) or _resource_obstacle(node, sla, resources)
+    )
 
 
 def _builder_obstacle(node: Node) -> str:
@@ -152,6 +171,12 @@ def _builder_obstacle(node: Node) -> str:
 
 def _away(node: Node) -> str:
     return "" if node.is_connected else "not connected"
+
+
+def _runtime_obstacle(node: Node, sla: ProjectSla) -> str:
+    if sla.packaging is Packaging.IMAGE and CONTAINER_RUNTIME not in node.facts.runtimes:
+        return "runs no containers (`NodeEngine config virtualization container on`)"
+    return ""
 
 
 def _addon_obstacle(node: Node, name: str) -> str:

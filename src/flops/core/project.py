@@ -9,7 +9,7 @@ from pydantic import Field
 
 from flops.core.ids import Digest, EnvironmentKey, NodeId, ProjectId, ServiceId
 from flops.core.model import Value
-from flops.core.sla import ProjectSla
+from flops.core.sla import Packaging, ProjectSla
 
 
 class Stage(StrEnum):
@@ -59,6 +59,17 @@ class Environment(Value):
     model_lock: Digest  # of the environment that saves and serves models: the same pins and MLflow
     python: str = "3.11"  # the interpreter's major.minor
     notes: tuple[str, ...] = ()  # which pins were relaxed and why, what was left out
+
+
+class Images(Value):
+    """The OCI images of a project, as ``name@sha256:…``.
+
+    A name without a host is in the registry of the cluster, which each node reaches by its own address.
+    """
+
+    aggregator: str
+    learner: str
+    inference: str = ""  # of the trained model, once it is packaged
 
 
 class Placement(Value):
@@ -139,6 +150,7 @@ class Project(Value):
     spans: tuple[StageSpan, ...] = ()
     repository: Repository | None = None
     environment: Environment | None = None
+    images: Images | None = None  # with `Packaging.IMAGE` only
     placement: Placement | None = None
     services: tuple[ServiceId, ...] = ()  # started for this project and not yet known to be gone
     aggregator_address: str = ""
@@ -154,6 +166,16 @@ class Project(Value):
     learner_generation: int = 0  # grows when learners are started anew for another aggregator address
     history_length: int = 0  # `seq` of the last line of the history
     cluster_seq: int = 0  # `seq` of the last cluster event that changed the project
+
+    @property
+    def runs_images(self) -> bool:
+        """Whether its services run from images."""
+        return self.sla.packaging is Packaging.IMAGE
+
+    @property
+    def needs_build(self) -> bool:
+        """Whether what its services run from has yet to be built."""
+        return self.environment is None or (self.runs_images and self.images is None)
 
 
 class ProjectEvent(Value):

@@ -17,6 +17,7 @@ _DECISIVE = {
     Stage.BUILDING: "builder",
     Stage.PLACING: "aggregator",
     Stage.TRAINING: "aggregator",
+    Stage.PACKAGING: "builder",  # only of a project that runs from images
     Stage.DEPLOYING: "inference",
 }
 # Told failures that may pass: whether the node's restarts help is seen by the service's final state.
@@ -32,6 +33,11 @@ _PERMANENT_FOR_LEARNERS = {
 def service_id(kind: str, project: Project) -> ServiceId:
     """The id of a project's only service of a kind."""
     return make_service_id(kind, project.id)
+
+
+def packager_id(project: Project) -> ServiceId:
+    """The builder that makes the image of a project's trained model."""
+    return make_service_id(ServiceKind.BUILDER.value, project.id, 2)
 
 
 def learner_ids(project: Project) -> tuple[ServiceId, ...]:

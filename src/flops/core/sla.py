@@ -34,6 +34,13 @@ class Platform(StrEnum):
     ARM64 = "linux/arm64"
 
 
+class Packaging(StrEnum):
+    """What services of a project run from: a locked virtual environment on the node, or an OCI image."""
+
+    ENVIRONMENT = "environment"
+    IMAGE = "image"
+
+
 class TrainingMode(StrEnum):
     """Classic: one aggregator. Hierarchical: a root aggregator and one per cluster."""
 
@@ -142,6 +149,7 @@ class ProjectSla(StrictValue):
     use_devel_base_images: bool = False
     supported_platforms: Annotated[tuple[Platform, ...], Field(min_length=1)] = (Platform.AMD64,)
     model_name: Annotated[str, Field(pattern=TAG_PATTERN)] | None = None
+    packaging: Packaging | None = None  # None: the control plane's default
     training_configuration: TrainingConfiguration
     post_training_steps: tuple[PostTrainingStep, ...] = ()
     resource_constraints: ResourceConstraints = ResourceConstraints()

@@ -23,7 +23,7 @@ from flops.core.events import (
 from flops.core.ids import ServiceId
 from flops.core.project import Project, Round, Stage, Training
 from flops.core.rounds import best_round
-from flops.core.service_moves import learner_ids, service_id
+from flops.core.service_moves import learner_ids, packager_id, service_id
 from flops.core.sla import PostTrainingStep
 
 
@@ -204,6 +204,8 @@ def training_completed(change: Change, event: TrainingCompleted) -> None:
     )
     stop_services(change, change.project.services)
     if PostTrainingStep.BUILD_IMAGE in change.project.sla.post_training_steps:
+        if change.project.runs_images:
+            change.set(services=(*change.project.services, packager_id(change.project)))
         change.enter(Stage.PACKAGING, "Prepares what serves the trained model.")
         change.request(EffectKind.BUILD_INFERENCE)
     else:
@@ -211,9 +213,15 @@ def training_completed(change: Change, event: TrainingCompleted) -> None:
         _complete(change)
 
 
-def model_packaged(change: Change, _event: ModelPackaged) -> None:
+def model_packaged(change: Change, event: ModelPackaged) -> None:
     """What serves the model is stored."""
-    change.note("What serves the trained model is stored: the model, and the lock of its environment.")
+    images = change.project.images
+    if images is not None and event.image:
+        change.set(images=images.model_copy(update={"inference": event.image}))
+        change.note(f"The image that serves the trained model is pushed: {event.image}", image=event.image)
+    else:
+        change.note("What serves the trained model is stored: the model, and the lock of its environment.")
+    stop_services(change, {packager_id(change.project)} & set(change.project.services))
     if PostTrainingStep.DEPLOY_IMAGE not in change.project.sla.post_training_steps:
         _complete(change)
         return

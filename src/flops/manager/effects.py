@@ -14,12 +14,18 @@ from flops.core.events import (
     ServicesEnded,
 )
 from flops.core.ids import NodeId, ProjectId, ServiceId
-from flops.core.placement import place_inference, place_project
+from flops.core.placement import place_builder, place_inference, place_project
 from flops.core.project import Environment, Project, Stage
 from flops.core.run_end import run_end_of
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.options import EngineOptions
-from flops.manager.service_specs import aggregator_spec, builder_spec, inference_spec, learner_specs
+from flops.manager.service_specs import (
+    aggregator_spec,
+    builder_spec,
+    inference_spec,
+    learner_specs,
+    packager_spec,
+)
 from flops.ports import Blobs, MLRepos, Orchestrator, ProjectStore
 from flops.tracker_port import Tracker
 
@@ -67,7 +73,7 @@ class EffectRunner:
             EffectKind.START_BUILDER: self._start_builder,
             EffectKind.START_AGGREGATOR: self._start_aggregator,
             EffectKind.START_LEARNERS: self._start_learners,
-            EffectKind.BUILD_INFERENCE: self._verify_package,
+            EffectKind.BUILD_INFERENCE: self._package_model,
             EffectKind.START_INFERENCE: self._start_inference,
             EffectKind.STOP_SERVICES: self._stop_services,
             EffectKind.DELETE_PROJECT: self._delete_project,
@@ -115,13 +121,13 @@ class EffectRunner:
 
     def _decide_placement(self, project: Project, _effect: Effect) -> LifecycleEvent:
         nodes = self._orchestrator.nodes()
-        placement = place_project(project.sla, nodes, needs_build=project.environment is None)
+        placement = place_project(project.sla, nodes, needs_build=project.needs_build)
         chosen = {placement.aggregator, placement.builder, placement.inference, *placement.learners}
         names = {str(node.id): node.name for node in nodes if node.id in chosen}
         return PlacementDecided(placement=placement, nodes=names)
 
     def _start_builder(self, project: Project, _effect: Effect) -> None:
-        self._start(builder_spec(project))
+        self._start(builder_spec(project, self._options))
 
     def _start_aggregator(self, project: Project, _effect: Effect) -> None:
         self._start(aggregator_spec(project, self._options))
@@ -131,7 +137,7 @@ class EffectRunner:
         for spec in learner_specs(project, address, generation, self._options):
             self._start(spec)
 
-    def _verify_package(self, project: Project, _effect: Effect) -> LifecycleEvent:
+    def _package_model(self, project: Project, _effect: Effect) -> LifecycleEvent | None:
         bundle = project.model.bundle if project.model else None
         if bundle is None or not self._blobs.has(bundle):
             raise FlopsError(
@@ -144,7 +150,10 @@ class EffectRunner:
                 ErrorCode.ENVIRONMENT_BUILD_FAILED,
                 f"The lock of the environment that serves project {project.id}'s model is missing.",
             )
-        return ModelPackaged()
+        if not project.runs_images:
+            return ModelPackaged()
+        self._start(packager_spec(project, place_builder(self._orchestrator.nodes()), self._options))
+        return None
 
     def _start_inference(self, project: Project, _effect: Effect) -> None:
         preferred: NodeId | None = project.placement.inference if project.placement else None

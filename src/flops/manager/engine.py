@@ -123,6 +123,8 @@ class Engine:
                 f"mode only, got '{sla.training_configuration.mode.value}'.",
                 hint="Leave training_configuration.mode out, or set it to 'classic'.",
             )
+        if sla.packaging is None:  # settled now: another default later changes no project
+            sla = sla.model_copy(update={"packaging": self._options.packaging})
         now_s = self._clock.now_s()
         project_id = ProjectId(secrets.token_hex(6))
         first = step(new_project(project_id, sla, now_s), Submitted(), now_s)

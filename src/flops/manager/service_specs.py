@@ -12,15 +12,17 @@ from collections.abc import Sequence
 
 from flops.core.cluster import ServiceKind, ServiceSpec
 from flops.core.deployment import Launch
-from flops.core.ids import NodeId, ServiceId, make_service_id
+from flops.core.ids import Digest, NodeId, ServiceId, make_service_id
 from flops.core.placement import aggregator_resources, learner_resources
 from flops.core.project import Environment, MockData, Placement, Project, Repository, TrainedModel
+from flops.core.service_moves import packager_id
 from flops.core.sla import MockDataSla
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.options import EngineOptions
 from flops.wire.services import (
     AggregatorConfig,
     BuilderConfig,
+    ImageOrder,
     InferenceConfig,
     LearnerConfig,
     MockProviderConfig,
@@ -30,23 +32,54 @@ _RESTARTS = 5  # after crashes; a service that tells why it fails is not helped 
 _LOAD_RETRIES = 3  # of a model that has never been served
 
 
-def builder_spec(project: Project) -> ServiceSpec:
-    """The builder of a project's environment."""
+def builder_spec(project: Project, options: EngineOptions) -> ServiceSpec:
+    """The builder of a project's environment, and of its images if it runs from images."""
     repository, placement = _repository(project), _placement(project)
     if placement.builder is None:
         raise _missing(project, "a node for its builder")
+    images = None
+    if project.runs_images:
+        images = _image_order(project, options, None)
+    service_id = make_service_id(ServiceKind.BUILDER.value, project.id)
+    return _builder(project, service_id, placement.builder, repository.bundle, images)
+
+
+def packager_spec(project: Project, node_id: NodeId, options: EngineOptions) -> ServiceSpec:
+    """The builder of the image that serves a project's best model."""
+    model = _model(project)
+    order = _image_order(project, options, model)
+    return _builder(project, packager_id(project), node_id, model.bundle, order)
+
+
+def _image_order(project: Project, options: EngineOptions, model: TrainedModel | None) -> ImageOrder:
+    return ImageOrder(
+        project_id=project.id,
+        registry=options.registry,
+        base=options.base_image,
+        platforms=tuple(platform.value for platform in project.sla.supported_platforms),
+        source=_without_credentials(project.sla.ml_repo_url),
+        commit=_repository(project).commit,
+        model=model,
+    )
+
+
+def _builder(
+    project: Project, service_id: ServiceId, node_id: NodeId, bundle: Digest | None, images: ImageOrder | None
+) -> ServiceSpec:
     config = BuilderConfig(
         flavor=project.sla.ml_model_flavor.value,
-        environment_key=repository.environment_key,
+        environment_key=_repository(project).environment_key,
         needs_gpu=project.sla.resource_constraints.vgpus > 0,
+        environment=project.environment,
+        images=images,
     )
     return ServiceSpec(
-        id=make_service_id(ServiceKind.BUILDER.value, project.id),
+        id=service_id,
         project_id=project.id,
         kind=ServiceKind.BUILDER,
-        node_id=placement.builder,
+        node_id=node_id,
         config=config.model_dump(mode="json"),
-        bundle=repository.bundle,
+        bundle=bundle,
         max_restarts=1,
     )
 
@@ -89,6 +122,7 @@ def aggregator_spec(project: Project, options: EngineOptions) -> ServiceSpec:
         bundle=repository.bundle,
         environment=environment.lock,
         model_environment=environment.model_lock,
+        image=project.images.aggregator if project.images else "",
         resources=aggregator_resources(project.sla.resource_constraints),
         max_restarts=_RESTARTS,
     )
@@ -124,6 +158,7 @@ def learner_specs(
                 config=config.model_dump(mode="json"),
                 bundle=repository.bundle,
                 environment=environment.lock,
+                image=project.images.learner if project.images else "",
                 resources=learner_resources(constraints).model_copy(update={"vgpus": constraints.vgpus}),
                 max_restarts=_RESTARTS,
             )
@@ -161,6 +196,7 @@ def _inference_spec(
         config=config.model_dump(mode="json"),
         bundle=model.bundle,
         model_environment=_environment(project).model_lock,
+        image=project.images.inference if project.images else "",
         resources=learner_resources(project.sla.resource_constraints),
         max_restarts=1_000,  # it serves until somebody stops it
         max_unheard_restarts=_LOAD_RETRIES,

@@ -79,7 +79,11 @@ def _failed(actor: told.Failed, event: ClusterEvent, node: str) -> life.Lifecycl
 
 
 def _locked(actor: told.EnvironmentLocked, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
-    return life.EnvironmentLocked(seq=event.seq, environment=actor.environment)
+    return life.EnvironmentLocked(seq=event.seq, environment=actor.environment, images=actor.images)
+
+
+def _image_pushed(actor: told.ModelImagePushed, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
+    return life.ModelPackaged(seq=event.seq, image=actor.image)
 
 
 def _joined(actor: told.LearnerJoined, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
@@ -130,6 +134,7 @@ _TRANSLATORS: dict[type, _Translator] = {
     told.Listening: _listening,
     told.Failed: _failed,
     told.EnvironmentLocked: _locked,
+    told.ModelImagePushed: _image_pushed,
     told.LearnerJoined: _joined,
     told.LearnerLeft: _left,
     told.LearnerFailed: _learner_failed,

@@ -58,6 +58,11 @@ class NodePaths:
         return self.home / "environments"
 
     @property
+    def images(self) -> Path:
+        """What a builder keeps of the images it makes."""
+        return self.home / "images"
+
+    @property
     def kit(self) -> Path:
         """The modules that run in projects' environments."""
         return self.home / "kit"

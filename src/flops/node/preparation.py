@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flops.actor import ActorContext
@@ -19,6 +19,7 @@ from flops.node.service_environment import service_environment
 from flops.node.service_folder import ServiceFolder
 from flops.node.service_reach import service_reach
 from flops.ports import Environments
+from flops.wire import image_layout
 
 Report = Callable[[str], None]
 DataAccess = Callable[[ServiceSpec], tuple[str, str]]
@@ -37,6 +38,32 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class _Programs:
+    """Where a service finds what it runs: paths on the node, or in its image."""
+
+    own_python: str  # runs our own services
+    own_modules: str  # "" where `own_python` has them installed
+    project_python: str
+    model_python: str
+    kit: str
+    bundle: str
+    environments: str
+
+
+_IN_IMAGE = _Programs(
+    own_python=image_layout.python_of(image_layout.OWN),
+    own_modules=image_layout.OWN_MODULES,
+    project_python=image_layout.python_of(image_layout.PROJECT),
+    model_python=image_layout.python_of(image_layout.MODEL),
+    kit=image_layout.KIT,
+    bundle=image_layout.BUNDLE,
+    environments="",
+)
+# The aggregator makes models where it exports them: the model's environment has the project's pins.
+_IN_AGGREGATOR_IMAGE = replace(_IN_IMAGE, project_python=_IN_IMAGE.model_python)
+
+
+@dataclass(frozen=True)
 class NodeSite:
     """What services are told about their node.
 
@@ -46,6 +73,7 @@ class NodeSite:
         blobs_url: base URL of the cluster's blobs.
         kit_dir: folder with our modules for projects' environments.
         environments_dir: folder of the environments on this node.
+        images_dir: folder of what images are made of.
         inherited: the daemon's environment variables.
         disclosure: what the operator lets others see when users' code fails here.
     """
@@ -55,6 +83,7 @@ class NodeSite:
     blobs_url: str
     kit_dir: Path
     environments_dir: Path
+    images_dir: Path
     inherited: Mapping[str, str]
     disclosure: Disclosure = Disclosure.FULL
 
@@ -72,6 +101,8 @@ class Preparer:
         bundles: unpacked bundles.
         fetch: brings a blob's verified bytes into a file.
         data_access: address of the data server and a token for it, as far as the service needs them.
+        bring_image: has the container engine fetch an image unless it is there; returns the engine's name
+            for it. None on a node that runs no containers.
     """
 
     def __init__(
@@ -81,12 +112,14 @@ class Preparer:
         bundles: BundleStore,
         fetch: Callable[[Digest, Path], None],
         data_access: DataAccess,
+        bring_image: Callable[[str, Report], str] | None = None,
     ) -> None:
         self.site = site
         self._environments = environments
         self._bundles = bundles
         self._fetch = fetch
         self._data_access = data_access
+        self._bring_image = bring_image
 
     def prepare(self, spec: ServiceSpec, folder: ServiceFolder, report: Report) -> Launch:
         """Fetch, build and write what the service needs.
@@ -99,12 +132,11 @@ class Preparer:
         Raises:
             FlopsError: ``unreachable`` when the cluster does not answer, which passes; else a final failure.
         """
-        repo_dir = ""
-        if spec.bundle is not None:
-            report("fetching its files")
-            repo_dir = str(self._bundles.folder_of(spec.bundle))
-        project_python = self._interpreter(spec.environment, folder, report)
-        model_python = self._interpreter(spec.model_environment, folder, report)
+        image = self._image_of(spec, report)
+        if not image:
+            programs = self._programs(spec, folder, report)
+        else:
+            programs = _IN_AGGREGATOR_IMAGE if spec.kind is ServiceKind.AGGREGATOR else _IN_IMAGE
         address, token = self._data_access(spec)
         context = ActorContext(
             service_id=spec.id,
@@ -113,11 +145,12 @@ class Preparer:
             work_dir=str(folder.work_dir),
             host=self.site.host,
             blobs_url=self.site.blobs_url,
-            repo_dir=repo_dir,
-            kit_dir=str(self.site.kit_dir),
-            project_python=project_python,
-            model_python=model_python,
-            environments_dir=str(self.site.environments_dir),
+            repo_dir=programs.bundle,
+            kit_dir=programs.kit,
+            project_python=programs.project_python,
+            model_python=programs.model_python,
+            environments_dir=programs.environments,
+            images_dir=str(self.site.images_dir) if spec.kind is ServiceKind.BUILDER else "",
             data_address=address,
             data_token=token,
             disclosure=self.site.disclosure.value,
@@ -127,7 +160,33 @@ class Preparer:
             path = context.save()
         except OSError as exc:
             raise file_error(exc, folder.work_dir) from exc
-        return self._launch(spec, context, path)
+        return self._launch(spec, context, path, programs, image)
+
+    def _image_of(self, spec: ServiceSpec, report: Report) -> str:
+        if not spec.image:
+            return ""
+        if self._bring_image is None:
+            raise FlopsError(
+                ErrorCode.SERVICE_FAILED,
+                f"{spec.id} runs from an image, but {self.site.name} runs no containers.",
+                hint="Switch them on: `NodeEngine config virtualization container on`.",
+            )
+        return self._bring_image(spec.image, report)
+
+    def _programs(self, spec: ServiceSpec, folder: ServiceFolder, report: Report) -> _Programs:
+        bundle = ""
+        if spec.bundle is not None:
+            report("fetching its files")
+            bundle = str(self._bundles.folder_of(spec.bundle))
+        return _Programs(
+            own_python=sys.executable,
+            own_modules="",
+            project_python=self._interpreter(spec.environment, folder, report),
+            model_python=self._interpreter(spec.model_environment, folder, report),
+            kit=str(self.site.kit_dir),
+            bundle=bundle,
+            environments=str(self.site.environments_dir),
+        )
 
     def _interpreter(self, lock: Digest | None, folder: ServiceFolder, report: Report) -> str:
         if lock is None:
@@ -143,19 +202,21 @@ class Preparer:
             ) from exc
         return str(self._environments.materialise(text, report))
 
-    def _launch(self, spec: ServiceSpec, context: ActorContext, context_file: Path) -> Launch:
+    def _launch(
+        self, spec: ServiceSpec, context: ActorContext, context_file: Path, programs: _Programs, image: str
+    ) -> Launch:
         module: tuple[str, ...] = ("flops.wiring", spec.kind.value)
-        python, kit = sys.executable, ""
+        python, modules = programs.own_python, programs.own_modules
         if spec.kind is ServiceKind.LEARNER:
-            python, module, kit = context.project_python, ("flops.trainer.learner",), context.kit_dir
+            python, module, modules = context.project_python, ("flops.trainer.learner",), context.kit_dir
         elif spec.kind is ServiceKind.INFERENCE:
-            python, module, kit = context.model_python, ("flops.serving.app",), context.kit_dir
+            python, module, modules = context.model_python, ("flops.serving.app",), context.kit_dir
         if not python:
             raise FlopsError(
                 ErrorCode.SERVICE_FAILED,
                 f"{spec.id} is a {spec.kind.value}, but its spec names no environment.",
             )
-        env = service_environment(self.site.inherited, spec.resources, kit=kit)
+        env = service_environment(self.site.inherited, spec.resources, kit=modules, is_in_image=bool(image))
         if spec.kind in _WITH_USERS_CODE:  # libraries keep caches and settings there, which must be writable
             env["HOME"] = context.work_dir
             env.pop("XDG_CACHE_HOME", None)
@@ -163,5 +224,5 @@ class Preparer:
             argv=(python, "-m", *module, str(context_file)),
             env=env,
             work_dir=Path(context.work_dir),
-            reach=service_reach(spec.kind, context, env),
+            reach=Reach(image=image) if image else service_reach(spec.kind, context, env),
         )

@@ -15,12 +15,18 @@ _ALLOWED = frozenset(
         "GIT_SSL_CAINFO", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "XDG_CACHE_HOME", "FLOPS_LOG_LEVEL",
     }
 )  # fmt: skip
+_WITHOUT_PATHS = frozenset(
+    {
+        "TZ", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
+        "all_proxy", "FLOPS_LOG_LEVEL",
+    }
+)  # fmt: skip
 _ALLOWED_PREFIXES = ("LC_", "UV_", "OMP_", "OPENBLAS_", "MKL_", "HF_", "CUDA_", "NVIDIA_", "GIT_SSL_")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def service_environment(
-    inherited: Mapping[str, str], resources: Resources, *, kit: str = ""
+    inherited: Mapping[str, str], resources: Resources, *, kit: str = "", is_in_image: bool = False
 ) -> dict[str, str]:
     """The environment of a service's process.
 
@@ -28,11 +34,12 @@ def service_environment(
         inherited: the daemon's environment.
         resources: a limit of CPUs also limits the threads of numerical libraries, which count all CPUs.
         kit: folder with our modules for a process of a project's environment.
+        is_in_image: paths of the node say nothing there, so that only what has none is passed on.
     """
     environment = {
         name: value
         for name, value in inherited.items()
-        if name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)
+        if (name in _WITHOUT_PATHS if is_in_image else name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES))
     }
     environment["PYTHONUNBUFFERED"] = "1"
     environment["FLWR_TELEMETRY_ENABLED"] = "0"

@@ -29,7 +29,7 @@ def service_reach(kind: ServiceKind, context: ActorContext, environ: Mapping[str
     readable = (*_OWN_PROGRAMS, context.kit_dir, context.environments_dir, *bundle)
     writable: tuple[str, ...] = ()
     if kind is ServiceKind.BUILDER:
-        writable = (context.environments_dir, _cache(environ, "UV_CACHE_DIR", "uv"))
+        writable = (context.environments_dir, context.images_dir, _cache(environ, "UV_CACHE_DIR", "uv"))
     elif kind is ServiceKind.MOCK_DATA_PROVIDER:
         writable = (_cache(environ, "HF_HOME", "huggingface"),)
     return Reach(readable=readable, writable=writable)

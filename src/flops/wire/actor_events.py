@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from flops.core.model import Value
-from flops.core.project import Environment, Round, TrainedModel
+from flops.core.project import Environment, Images, Round, TrainedModel
 
 
 class Progress(Value):
@@ -38,11 +38,20 @@ class Failed(Value):
 
 
 class EnvironmentLocked(Value):
-    """Builder: done."""
+    """Builder: the environments are locked, and the images pushed when some were asked for."""
 
     kind: Literal["environment_locked"] = "environment_locked"
     time_s: float
     environment: Environment
+    images: Images | None = None
+
+
+class ModelImagePushed(Value):
+    """Builder: the image that serves the trained model is in the registry, as ``name@sha256:…``."""
+
+    kind: Literal["model_image_pushed"] = "model_image_pushed"
+    time_s: float
+    image: str
 
 
 class LearnerJoined(Value):
@@ -130,6 +139,7 @@ ActorEvent = Annotated[
     | Listening
     | Failed
     | EnvironmentLocked
+    | ModelImagePushed
     | LearnerJoined
     | LearnerLeft
     | LearnerFailed

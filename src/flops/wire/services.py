@@ -5,15 +5,34 @@ from __future__ import annotations
 from pydantic import Field
 
 from flops.core.model import Value
+from flops.core.project import Environment, TrainedModel
 from flops.core.sla import EarlyStopping, MockDataConfiguration, Strategy, TargetMetric
 
 
+class ImageOrder(Value):
+    """Images that a builder is to make and push: of aggregator and learner, or of the trained model.
+
+    A `registry` is ``host:port``, "" for that of the cluster; `base` is an image, "" for one of Debian's
+    packages.
+    """
+
+    project_id: str
+    registry: str = ""
+    base: str = ""
+    platforms: tuple[str, ...]  # "linux/amd64", …
+    source: str  # the ML repository
+    commit: str
+    model: TrainedModel | None = None  # the model to package; the bundle is its folder then
+
+
 class BuilderConfig(Value):
-    """Lock the environment of the bundle's repository."""
+    """Lock the environment of the bundle's repository, unless it is known, and make images if asked to."""
 
     flavor: str
     environment_key: str
     needs_gpu: bool = False
+    environment: Environment | None = None  # when it is locked already
+    images: ImageOrder | None = None
 
 
 class AggregatorConfig(Value):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+from starlette.applications import Starlette
 
 import flops
 from flops.adapters.file_blobs import FileBlobs
@@ -21,11 +24,13 @@ from flops.control.kept_ports import KeptPorts
 from flops.control.lifetime import (
     ADMIN_TOKEN_FILE,
     CLUSTER_FILE,
+    IMAGES_FOLDER,
     PROJECTS_FILE,
     SECRET_FILE,
     TRACKING_FOLDER,
     run_until_told,
 )
+from flops.core.sla import Packaging
 from flops.durable_file import keep_token, remove_unfinished
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
@@ -34,8 +39,12 @@ from flops.manager.options import EngineOptions
 from flops.manager.retention import DAY_S, Retention, RetentionOptions
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.ports import Clock
+from flops.registry.app import build_registry
+from flops.registry.repositories import Repositories
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus
+from flops.wiring.cluster_port import with_registry
 
 _WRITING_MOST_S = 600.0  # no file takes that long to be written
 
@@ -51,6 +60,23 @@ def _parse(arguments: list[str]) -> dict[str, str]:
     """Turn ``--manager-port=5072`` into ``{"manager_port": "5072"}``."""
     pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)
     return {name.replace("-", "_"): value for name, value in pairs}
+
+
+def _open_registry(folder: Path, clock: Clock) -> Starlette:
+    images = FileBlobs(folder / "blobs")
+    return build_registry(images, Repositories(folder / "names", images), clock)
+
+
+def _engine_options(settings: ControlSettings, tracking_uri: str) -> EngineOptions:
+    return EngineOptions(
+        tracking_uri=tracking_uri,
+        secret=keep_token(settings.control_dir / SECRET_FILE).encode(),
+        packaging=Packaging(settings.packaging),
+        registry=settings.registry or "",
+        base_image=settings.base_image or "",
+        inference_port=settings.inference_port,
+        load_timeout_s=settings.load_timeout_s,
+    )
 
 
 def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
@@ -72,7 +98,11 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     blobs = FileBlobs(folder / "blobs")
     orchestrator = ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock)
     cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
-    cluster = HttpServer(cluster_app, settings.cluster_host, ports.wanted("cluster", settings.cluster_port))
+    cluster = HttpServer(
+        with_registry(cluster_app, _open_registry(folder / IMAGES_FOLDER, clock)),
+        settings.cluster_host,
+        ports.wanted("cluster", settings.cluster_port),
+    )
     cluster.start()
     parts.callback(cluster.close)
 
@@ -90,12 +120,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         repos=repos,
         blobs=blobs,
         clock=clock,
-        options=EngineOptions(
-            tracking_uri=tracking.url,
-            secret=keep_token(folder / SECRET_FILE).encode(),
-            inference_port=settings.inference_port,
-            load_timeout_s=settings.load_timeout_s,
-        ),
+        options=_engine_options(settings, tracking.url),
         tracker=MlflowTracker(tracking.url),
     )
 

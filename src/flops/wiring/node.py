@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -21,10 +22,13 @@ from flops import __version__
 from flops.adapters.actor_kit import install_kit
 from flops.adapters.blob_client import HttpBlobClient
 from flops.adapters.containers.engine import ContainerEngine
+from flops.adapters.containers.images import EngineImages
 from flops.adapters.containers.runtime import ContainerRuntime
 from flops.adapters.control_groups import find_control_groups
 from flops.adapters.environment_folders import EnvironmentFolders
+from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.host_facts import LocalHost, memory_bytes
+from flops.adapters.images.layout import ImageLayout
 from flops.adapters.node_link import client_tls, dial_cluster
 from flops.adapters.process_runtime import ProcessRuntime
 from flops.adapters.system_clock import SystemClock
@@ -37,6 +41,7 @@ from flops.core.cluster import (
     ServiceKind,
     ServiceSpec,
 )
+from flops.core.images import Platform
 from flops.durable_file import remove_unfinished, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.log import JsonFormatter, configure_logging
@@ -47,8 +52,9 @@ from flops.node.caches import NodeCaches
 from flops.node.configuration import CONTAINER, PROCESS, NodeConfiguration, default_configuration
 from flops.node.daemon import DaemonFacts, NodeDaemon
 from flops.node.home import keep_node_id, only_daemon
+from flops.node.images import NodeImages
 from flops.node.paths import NodePaths
-from flops.node.preparation import NodeSite, Preparer
+from flops.node.preparation import NodeSite, Preparer, Report
 from flops.node.service_environment import service_environment
 from flops.node.service_runtimes import ServiceRuntimes
 from flops.node.session import NodeView
@@ -59,6 +65,7 @@ from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
 from flops.wiring.data import open_data_catalog
 from flops.wiring.node_files import container_socket, node_conf_file, node_paths
+from flops.wiring.registries import open_registry
 from flops.wiring.services import open_environments
 
 _WRITING_MOST_S = 600.0  # no file takes that long to be written
@@ -161,15 +168,16 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         blobs_url=blobs_url,
         kit_dir=parts.kit_dir,
         environments_dir=paths.environments,
+        images_dir=paths.images,
         inherited=inherited_environment(),
         disclosure=conf.disclosure,
     )
     fetch = HttpBlobClient(blobs_url, tls).fetch
     bundles = BundleStore(paths.bundles, fetch)
     access = _data_access(paths.data_server, site.host)
-    supervisor = Supervisor(
-        paths.services, Preparer(site, parts.environments, bundles, fetch, access), services
-    )
+    bring_image = _image_source(paths, conf) if conf.prefers_containers else None
+    preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image)
+    supervisor = Supervisor(paths.services, preparer, services)
     view = NodeView(
         node_id=node_id,
         name=name,
@@ -217,6 +225,23 @@ def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[Runtime, R
         ServiceRuntimes(processes, containers, prefers_containers=conf.prefers_containers),
         ServiceRuntimes(addons, addon_containers, prefers_containers=conf.prefers_containers),
     )
+
+
+def _image_source(paths: NodePaths, conf: NodeConfiguration) -> Callable[[str, Report], str]:
+    """Brings images from the cluster's registry, and others, to the container engine."""
+    blobs = FileBlobs(paths.images, is_oci_layout=True)
+    images = NodeImages(
+        open_registry(
+            frozenset() if conf.is_cluster_tls else frozenset({conf.cluster}),
+            client_tls(*conf.client_certificate) if conf.is_cluster_tls else None,
+        ),
+        blobs,
+        ImageLayout(paths.images, blobs),
+        EngineImages(ContainerEngine(container_socket()), blobs).load,
+        cluster=conf.cluster,
+        platform=Platform.of(platform.machine()),
+    )
+    return images.bring
 
 
 def end_leftovers(paths: NodePaths) -> int:

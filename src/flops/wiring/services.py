@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flops.builder.images import ImageTools
+    from flops.image_ports import BaseImages
     from flops.ports import Environments
+    from flops.wire.services import ImageOrder
 
 
 def run_builder(arguments: list[str]) -> int:
@@ -16,7 +19,7 @@ def run_builder(arguments: list[str]) -> int:
     from flops.builder.builder import main as build
 
     return run_actor(
-        lambda context, events: build(context, events, open_environments),
+        lambda context, events: build(context, events, open_environments, open_image_tools),
         ["", *arguments],
         has_users_code=False,
     )
@@ -70,6 +73,43 @@ def run_mock_data_provider(arguments: list[str]) -> int:
         load_from_hub=load_from_hub,
     )
     return run_actor(provider.run, ["mock-data-provider", *arguments], has_users_code=False)
+
+
+def open_image_tools(root: Path, order: ImageOrder, plain_http: frozenset[str]) -> ImageTools:
+    """What makes images in a folder of this machine, and pushes them.
+
+    The base is the image that the order names, else one made of Debian's packages.
+
+    Raises:
+        FlopsError: ``image_name_invalid``, ``config_corrupt``.
+    """
+    import uv
+
+    from flops.adapters.file_blobs import FileBlobs
+    from flops.adapters.images.assembler import OciAssembler
+    from flops.adapters.images.debian_base import DebianBase
+    from flops.adapters.images.pulled_base import PulledBase
+    from flops.builder.images import ImageTools
+    from flops.core.image_reference import parse_reference
+    from flops.settings import inherited_environment
+    from flops.wiring.registries import open_registry
+
+    environ = inherited_environment()
+    blobs = FileBlobs(root, is_oci_layout=True)
+    registry = open_registry(plain_http)
+    program = Path(uv.find_uv_bin())
+    bases: BaseImages = DebianBase(root / "bases", uv=program, environ=environ)
+    if order.base:
+        bases = PulledBase(root / "bases", registry, parse_reference(order.base))
+    assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ)
+    return ImageTools(assembler, blobs, registry, own_lock())
+
+
+def own_lock() -> str:
+    """The lock of what an aggregator imports beside our own modules."""
+    from importlib.resources import files
+
+    return files("flops.builder").joinpath("aggregator.lock").read_text()
 
 
 def open_environments(root: Path) -> Environments:

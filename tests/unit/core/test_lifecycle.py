@@ -15,6 +15,7 @@ from flops.core.lifecycle import IMPOSSIBLE, LATE, IllegalTransitionError, decid
 from flops.core.project import (
     Environment,
     Failure,
+    Images,
     Placement,
     Project,
     Repository,
@@ -22,6 +23,7 @@ from flops.core.project import (
     Stage,
     TrainedModel,
 )
+from flops.core.sla import Packaging
 from flops.testing.projects import sla_with
 
 ALL_EVENTS = life.LifecycleEvent.__subclasses__()
@@ -186,6 +188,33 @@ def test_post_training_steps_are_done_only_when_asked_for(steps: list[str], last
     if last is Stage.PACKAGING:
         assert trained.happen(life.ModelPackaged()).project.stage is Stage.COMPLETED
     assert EffectKind.START_INFERENCE not in trained.kinds()
+
+
+def test_a_project_that_runs_images_is_built_even_if_its_environment_is_known() -> None:
+    project = at(Stage.SUBMITTED)
+    sla = project.project.sla.model_copy(update={"packaging": Packaging.IMAGE})
+    project.project = project.project.model_copy(update={"sla": sla})
+    project.happen(
+        life.Submitted(),
+        life.RepositoryResolved(repository=REPOSITORY, environment=ENVIRONMENT),
+        PLACED,
+    )
+    assert project.project.stage is Stage.BUILDING
+    images = Images(aggregator="a@sha256:1", learner="l@sha256:2")
+    project.happen(life.EnvironmentLocked(environment=ENVIRONMENT, images=images), PLACED, listening())
+    project.happen(life.TrainingCompleted(model=MODEL))
+    assert project.project.stage is Stage.PACKAGING
+    assert "builder-p1-2" in project.project.services
+    project.happen(life.ModelPackaged(image="m@sha256:3"))
+    assert project.project.images == images.model_copy(update={"inference": "m@sha256:3"})
+    assert "builder-p1-2" in project.stopped()
+    assert project.project.stage is Stage.DEPLOYING
+
+
+def test_a_failed_build_of_the_models_image_is_the_projects_failure() -> None:
+    project = at(Stage.PACKAGING)
+    project.happen(told("builder-p1-2"))
+    assert project.project.stage is Stage.FAILED
 
 
 def test_placement_is_decided_anew_after_the_build() -> None:

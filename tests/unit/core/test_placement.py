@@ -16,7 +16,7 @@ from flops.core.placement import (
     place_mock_providers,
     place_project,
 )
-from flops.core.sla import ResourceConstraints
+from flops.core.sla import Packaging, ResourceConstraints
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.projects import node_with, sla_with
 
@@ -28,6 +28,16 @@ def refusal(*arguments: object, **options: object) -> FlopsError:
         place_project(*arguments, **options)  # type: ignore[arg-type]
     assert caught.value.code is ErrorCode.PLACEMENT_IMPOSSIBLE
     return caught.value
+
+
+def test_images_are_placed_on_nodes_that_run_containers() -> None:
+    sla = sla_with().model_copy(update={"packaging": Packaging.IMAGE})
+    node = node_with("a")
+    error = refusal(sla, [node], needs_build=False)
+    assert "a: runs no containers (`NodeEngine config virtualization container on`)" in error.message
+    facts = node.facts.model_copy(update={"runtimes": ("container", "process")})
+    placement = place_project(sla, [node.model_copy(update={"facts": facts})], needs_build=False)
+    assert set(placement.learners) == {node.id}
 
 
 def test_learners_are_spread_and_powerful_nodes_come_first() -> None:

@@ -1,0 +1,146 @@
+"""The images of a project: made by the builder from hand-made wheels, and pushed to a registry."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uv
+
+import flops
+from flops.actor import ActorContext
+from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.images.assembler import OciAssembler
+from flops.adapters.registry_client.client import OciRegistry
+from flops.builder.images import ImageTools, ProjectImages
+from flops.core.image_reference import parse_reference
+from flops.core.images import Platform
+from flops.core.project import TrainedModel
+from flops.settings import inherited_environment
+from flops.testing.contracts.image_assembler import images_of
+from flops.testing.images import HandMadeBase, own_registry, unpack_layer
+from flops.testing.wheels import lock_of, make_wheel, use_only
+from flops.wire.services import ImageOrder
+from flops.wiring.services import own_lock
+
+MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
+MODEL = TrainedModel(
+    experiment_id="1", run_id="run-1", model_uri="u", name="digits", version="3", round=2, accuracy=0.75
+)
+
+
+class Shop:
+    """A builder's place of work."""
+
+    def __init__(self, folder: Path, cluster: str) -> None:
+        self.folder, self.cluster = folder, cluster
+        self.told: list[str] = []
+        wheels = folder / "wheels"
+        for made in (wheels, folder / "kit" / "flops", folder / "bundle"):
+            made.mkdir(parents=True)
+        (folder / "kit" / "flops" / "kit.py").write_text("x = 1\n")
+        (folder / "bundle" / "model_manager.py").write_text("y = 1\n")
+        self.lock, self.model_lock, own = (
+            lock_of(make_wheel(wheels, name, "1", modules=[name]), python=MINOR)
+            for name in ("project", "model", "own")
+        )
+        environ = {**inherited_environment(), **use_only(wheels, folder / "cache")}
+        self.blobs = FileBlobs(folder / "blobs")
+        assembler = OciAssembler(
+            folder / "layers", self.blobs, HandMadeBase(), uv=Path(uv.find_uv_bin()), environ=environ
+        )
+        self.registry = OciRegistry()
+        self.tools = ImageTools(assembler, self.blobs, self.registry, own)
+
+    def images(self, **order: object) -> ProjectImages:
+        given = {"project_id": "p1", "platforms": ("linux/amd64",), "source": "s", "commit": "c" * 40}
+        context = ActorContext(
+            service_id="builder-p1",
+            project_id="p1",
+            node_name="n",
+            work_dir="",
+            repo_dir=str(self.folder / "bundle"),
+            kit_dir=str(self.folder / "kit"),
+        )
+        return ProjectImages(self.tools, ImageOrder.model_validate({**given, **order}), context, self.cluster)
+
+    def pulled(self, name: str, to: Path) -> dict[str, object]:
+        """Pull an image into other blobs and unpack it; returns its config."""
+        host = "" if name.startswith(self.cluster) else f"{self.cluster}/"
+        reference = parse_reference(f"{host}{name}")
+        blobs = FileBlobs(to / "blobs")
+        index = self.registry.pull(reference, blobs, self.told.append)
+        assert index.digest == reference.digest
+        manifest = images_of(blobs, index)[Platform.AMD64]
+        for layer in manifest.layers:
+            unpack_layer(blobs, layer, to / "root")
+        found = json.loads(blobs.get(manifest.config.digest))["config"]
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    with own_registry(tmp_path / "registry") as host:
+        yield Shop(tmp_path / "shop", host)
+
+
+def test_each_kind_of_service_finds_in_its_image_what_it_imports(shop: Shop, tmp_path: Path) -> None:
+    images = shop.images().push_training(shop.lock, shop.model_lock, shop.told.append)
+    learner = shop.pulled(images.learner, tmp_path / "learner")
+    root = tmp_path / "learner" / "root"
+    assert (root / "app/kit/flops/kit.py").exists()
+    assert (root / "app/bundle/model_manager.py").exists()
+    assert (root / f"opt/project/lib/python{MINOR}/site-packages/project").is_dir()
+    assert learner["Entrypoint"] == ["/opt/project/bin/python", "-m", "flops.trainer.learner"]
+    shop.pulled(images.aggregator, tmp_path / "aggregator")
+    root = tmp_path / "aggregator" / "root"
+    assert (root / f"opt/flops/lib/python{MINOR}/site-packages/own").is_dir()
+    assert (root / f"opt/model/lib/python{MINOR}/site-packages/model").is_dir()
+    assert (root / "app/flops/flops_utils/local_data.py").exists()
+    package = Path(flops.__file__).parent
+    assert (root / "app/flops/flops/trainer/aggregator.py").read_bytes() == (
+        package / "trainer" / "aggregator.py"
+    ).read_bytes()
+
+
+def test_a_change_of_code_sends_little(shop: Shop) -> None:
+    shop.images().push_training(shop.lock, shop.model_lock, shop.told.append)
+    (shop.folder / "bundle" / "model_manager.py").write_text("y = 2\n")
+    shop.told.clear()
+    shop.images(commit="d" * 40).push_training(shop.lock, shop.model_lock, shop.told.append)
+    assert not [line for line in shop.told if "packages" in line]
+
+
+def test_the_model_serves_without_anything_else_and_says_where_it_comes_from(
+    shop: Shop, tmp_path: Path
+) -> None:
+    name = shop.images(model=MODEL).push_model(shop.model_lock, shop.told.append)
+    config = shop.pulled(name, tmp_path / "model")
+    context = ActorContext.load(tmp_path / "model" / "root" / "app/context.json")
+    assert (context.host, context.repo_dir, context.config) == ("0.0.0.0", "/app/bundle", {"port": 8080})  # noqa: S104
+    assert config["ExposedPorts"] == {"8080/tcp": {}}
+    labels = config["Labels"]
+    assert isinstance(labels, dict)
+    assert labels["org.flops.project"] == "p1"
+    assert labels["org.flops.run"] == "run-1"
+    assert labels["org.flops.round"] == "2"
+    assert float(labels["org.flops.metric.accuracy"]) == 0.75
+    assert shop.registry.tags(parse_reference(f"{shop.cluster}/{name}")) == ["round-2"]
+
+
+def test_another_registry_stands_in_the_images_name(shop: Shop, tmp_path: Path) -> None:
+    with own_registry(tmp_path / "other") as other:
+        name = shop.images(registry=other, model=MODEL).push_model(shop.model_lock, shop.told.append)
+        assert parse_reference(name).host == other
+        assert shop.registry.find(parse_reference(name)).digest == parse_reference(name).digest
+
+
+def test_the_aggregators_lock_has_the_versions_that_flops_is_locked_to() -> None:
+    locked = (Path(__file__).parents[2] / "requirements" / "lock.txt").read_text()
+    pins = [line.split(" ")[0] for line in own_lock().splitlines() if "==" in line]
+    assert len(pins) > 40
+    assert [pin for pin in pins if f"\n{pin} " not in f"\n{locked}"] == []
