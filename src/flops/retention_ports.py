@@ -41,6 +41,21 @@ class KeptBlobs(Protocol):
         ...
 
 
+class RegisteredImages(Protocol):
+    """Names of images in the control plane's registry."""
+
+    def names(self) -> list[str]:
+        """All names that have images, sorted."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """Remove everything of a name; its blobs go when nobody else needs them.
+
+        Raises: FlopsError: ``file_unreadable``, ``disk_full``.
+        """
+        ...
+
+
 class Cache(Protocol):
     """Folders of this machine that can be made anew. Thread-safe, and safe against a kill at any moment."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flops.testing.deployment import Deployment, deployed
-from flops.testing.example import EXAMPLES, REPOSITORY, make_example, sla_file, submit
+from flops.testing.deployment import Deployment
+from flops.testing.example import example_deployment, sla_file, submit
 from flops.testing.podman import Podman, missing_for_podman, running_podman
 
 pytestmark = [
@@ -30,15 +30,7 @@ def deployment(podman: Podman, tmp_path: Path) -> Iterator[Deployment]:
     """Two learner nodes that run services in containers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOPS_CONTAINER_SOCKET", str(podman.socket))
-        with deployed(tmp_path) as deployment:
-            deployment.up()
-            for name, addons in (("node-1", ["imageBuilder"]), ("node-2", [])):
-                deployment.node(name, "config", "virtualization", "container", "on")
-                deployment.start_node(name, "FLOps-learner", *addons)
-            deployment.wait_for_nodes(2)
-            mock = EXAMPLES / "slas/mocks/breast_cancer.json"
-            deployment.flops("mock-data", "create", str(mock), "--watch")
-            make_example(deployment, REPOSITORY)
+        with example_deployment(tmp_path, in_containers=True) as deployment:
             yield deployment
 
 

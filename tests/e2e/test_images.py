@@ -13,8 +13,8 @@ import pytest
 from flops.adapters.images.debian_base import DebianBase
 from flops.adapters.registry_client.client import OciRegistry
 from flops.core.image_reference import parse_reference
-from flops.testing.deployment import Deployment, deployed
-from flops.testing.example import EXAMPLES, REPOSITORY, make_example, sla_file, submit
+from flops.testing.deployment import Deployment
+from flops.testing.example import example_deployment, sla_file, submit
 from flops.testing.podman import Podman, missing_for_podman, running_podman
 from flops.testing.waiting import until
 
@@ -37,16 +37,7 @@ def deployment(podman: Podman, tmp_path: Path) -> Iterator[Deployment]:
     """Two learner nodes that run containers; one of them builds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOPS_CONTAINER_SOCKET", str(podman.socket))
-        with deployed(tmp_path) as deployment:
-            deployment.up()
-            for name, addons in (("node-1", ["imageBuilder"]), ("node-2", [])):
-                deployment.node(name, "config", "virtualization", "container", "on")
-                deployment.start_node(name, "FLOps-learner", *addons)
-            deployment.wait_for_nodes(2)
-            deployment.flops(
-                "mock-data", "create", str(EXAMPLES / "slas/mocks/breast_cancer.json"), "--watch"
-            )
-            make_example(deployment, REPOSITORY)
+        with example_deployment(tmp_path, in_containers=True) as deployment:
             yield deployment
 
 

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from flops.core.image_reference import ImageReference, is_host, parse_reference
 from flops.core.images import Descriptor, Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, NamedImages, Registry, Report
+from flops.retention_ports import KeptBlobs
+
+_KEPT_S = 14 * 86_400.0
+_KEPT_WHILE_LOW_S = 2 * 3_600.0
+
+_log = logging.getLogger(__name__)
+
+
+def shrink_images(blobs: KeptBlobs, now_s: float, is_disk_low: bool) -> None:
+    """Remove parts of images that nothing has used lately: they are made or brought again when needed.
+
+    Args:
+        blobs: of the images that builders have made here, and services were started from.
+        now_s: seconds since the epoch.
+        is_disk_low: then lately is much shorter ago, but longer than any build or start takes.
+    """
+    since_s = now_s - (_KEPT_WHILE_LOW_S if is_disk_low else _KEPT_S)
+    freed = sum(blobs.remove_unless_used(digest, since_s) for digest in blobs.digests())
+    if freed:
+        _log.info("removed %d MB of images that were not used lately", freed // 1024**2)
 
 
 class NodeImages:

@@ -90,6 +90,13 @@ class Repositories:
                     self._remove(path)
             self._remove(self._folder / name / _MANIFESTS / digest)
 
+    def forget(self, name: str) -> None:
+        """Remove everything of a name; its blobs go when nobody else needs them."""
+        with self._lock:
+            for kind in (_TAGS, _MANIFESTS):  # a tag never leads to what is gone
+                for entry in list(_entries(self._folder / name / kind)):
+                    self._remove(self._folder / name / kind / entry)
+
     def tags(self, name: str) -> list[str]:
         """All tags of a name, sorted."""
         return sorted(_entries(self._folder / name / _TAGS))

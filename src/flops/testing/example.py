@@ -16,12 +16,19 @@ FIT = "def fit_model(self) -> int:"
 
 
 @contextmanager
-def example_deployment(home: Path) -> Iterator[Deployment]:
-    """A control plane, two learner nodes with data, of which one builds, and the example's repository."""
+def example_deployment(home: Path, *, in_containers: bool = False) -> Iterator[Deployment]:
+    """A control plane, two learner nodes with data, of which one builds, and the example's repository.
+
+    Args:
+        home: of the deployment.
+        in_containers: whether the nodes run services in containers of the engine that the environment names.
+    """
     with deployed(home) as deployment:
         deployment.up()
-        deployment.start_node("node-1", "FLOps-learner", "imageBuilder")
-        deployment.start_node("node-2", "FLOps-learner")
+        for name, addons in (("node-1", ("FLOps-learner", "imageBuilder")), ("node-2", ("FLOps-learner",))):
+            if in_containers:
+                deployment.node(name, "config", "virtualization", "container", "on")
+            deployment.start_node(name, *addons)
         deployment.wait_for_nodes(2)
         deployment.flops("mock-data", "create", str(EXAMPLES / "slas/mocks/breast_cancer.json"), "--watch")
         make_example(deployment, REPOSITORY)

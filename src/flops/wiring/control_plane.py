@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from starlette.applications import Starlette
 
 import flops
 from flops.adapters.file_blobs import FileBlobs
@@ -36,10 +35,9 @@ from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
 from flops.manager.options import EngineOptions
-from flops.manager.retention import DAY_S, Retention, RetentionOptions
+from flops.manager.retention import DAY_S, Retention, RetentionOptions, forget_images
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
-from flops.ports import Clock
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
 from flops.settings import ControlSettings, inherited_environment
@@ -62,9 +60,9 @@ def _parse(arguments: list[str]) -> dict[str, str]:
     return {name.replace("-", "_"): value for name, value in pairs}
 
 
-def _open_registry(folder: Path, clock: Clock) -> Starlette:
-    images = FileBlobs(folder / "blobs")
-    return build_registry(images, Repositories(folder / "names", images), clock)
+def _open_images(folder: Path) -> tuple[FileBlobs, Repositories]:
+    blobs = FileBlobs(folder / "blobs")
+    return blobs, Repositories(folder / "names", blobs)
 
 
 def _engine_options(settings: ControlSettings, tracking_uri: str) -> EngineOptions:
@@ -98,8 +96,9 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     blobs = FileBlobs(folder / "blobs")
     orchestrator = ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock)
     cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
+    image_blobs, images = _open_images(folder / IMAGES_FOLDER)
     cluster = HttpServer(
-        with_registry(cluster_app, _open_registry(folder / IMAGES_FOLDER, clock)),
+        with_registry(cluster_app, build_registry(image_blobs, images, clock)),
         settings.cluster_host,
         ports.wanted("cluster", settings.cluster_port),
     )
@@ -148,7 +147,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
-    retention = _build_retention(settings, (store, orchestrator, blobs, clock), repos)
+    retention = _build_retention(settings, (store, orchestrator, blobs, clock), repos, images)
     parts.callback(retention.close)
     retention.start()
     manager.start()
@@ -160,6 +159,7 @@ def _build_retention(
     settings: ControlSettings,
     parts: tuple[SqlProjectStore, ClusterOrchestrator, FileBlobs, SystemClock],
     repos: GitRepos,
+    images: Repositories,
 ) -> Retention:
     folder = settings.control_dir
     clock = parts[-1]
@@ -169,4 +169,5 @@ def _build_retention(
             remove_unfinished(place, clock.now_s() - _WRITING_MOST_S)
 
     options = RetentionOptions(settings.keep_logs_projects, settings.keep_logs_days * DAY_S)
-    return Retention(*parts, options, (repos.sweep, remove_leftovers))
+    others = (repos.sweep, remove_leftovers, functools.partial(forget_images, parts[0], images))
+    return Retention(*parts, options, others)

@@ -52,7 +52,7 @@ from flops.node.caches import NodeCaches
 from flops.node.configuration import CONTAINER, PROCESS, NodeConfiguration, default_configuration
 from flops.node.daemon import DaemonFacts, NodeDaemon
 from flops.node.home import keep_node_id, only_daemon
-from flops.node.images import NodeImages
+from flops.node.images import NodeImages, shrink_images
 from flops.node.paths import NodePaths
 from flops.node.preparation import NodeSite, Preparer, Report
 from flops.node.service_environment import service_environment
@@ -99,12 +99,19 @@ def node_parts(paths: NodePaths) -> NodeParts:
     """The parts of a real node."""
     limit_mb = NodeSettings.read().uv_cache_mb
     limit = None if limit_mb is None else limit_mb * 1024**2
+    downloads = UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit)
+    images = FileBlobs(paths.images, is_oci_layout=True)
+
+    def shrink(is_disk_low: bool) -> None:
+        downloads.shrink(is_disk_low)
+        shrink_images(images, SystemClock().now_s(), is_disk_low)
+
     return NodeParts(
         environments=open_environments(paths.environments),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
         caches=(EnvironmentFolders(paths.environments),),
-        shrink_downloads=UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit).shrink,
+        shrink_downloads=shrink,
     )
 
 

@@ -10,10 +10,11 @@ import pytest
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.layout import ImageLayout
 from flops.adapters.registry_client.client import OciRegistry
+from flops.adapters.system_clock import SystemClock
 from flops.core.image_reference import ImageReference, parse_reference
 from flops.core.images import Descriptor, Platform
 from flops.errors import ErrorCode, FlopsError
-from flops.node.images import NodeImages
+from flops.node.images import NodeImages, shrink_images
 from flops.testing.images import make_image, make_index, own_registry
 
 NAME = "flops/p1/learner"
@@ -85,6 +86,21 @@ def test_a_registry_that_is_away_is_told_as_what_passes(place: Place) -> None:
     with pytest.raises(FlopsError) as caught:
         place.bring(place.image, cluster="127.0.0.1:1")
     assert caught.value.code is ErrorCode.UNREACHABLE
+
+
+@pytest.mark.parametrize(
+    ("days", "is_disk_low", "stays"), [(13, False, True), (15, False, False), (1, True, False)]
+)
+def test_parts_that_nothing_used_lately_go_and_come_again(
+    place: Place, days: int, is_disk_low: bool, stays: bool
+) -> None:
+    place.bring(place.image)
+    parts = place.blobs.digests()
+    now_s = SystemClock().now_s() + days * 86_400
+    shrink_images(place.blobs, now_s, is_disk_low)
+    assert place.blobs.digests() == (parts if stays else [])
+    assert bool(place.bring(place.image)) is not stays
+    assert place.blobs.digests() == parts
 
 
 def test_an_image_of_another_registry_is_asked_of_that(place: Place) -> None:
