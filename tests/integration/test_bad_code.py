@@ -234,7 +234,7 @@ class GivenProgram(Preparer):
     """Has services run the program of their configuration."""
 
     def __init__(self) -> None:  # nothing has to be fetched or built
-        self.site = NodeSite("n", "127.0.0.1", "", Path(), Path(), {})
+        self.site = NodeSite("n", "127.0.0.1", "", Path(), Path(), Path(), {})
 
     def prepare(self, spec: ServiceSpec, folder: ServiceFolder, report: Report) -> Launch:
         argv = (sys.executable, "-I", "-c", str(spec.config["program"]))

@@ -158,6 +158,7 @@ class World:
             blobs_url="http://x",
             kit_dir=self.home,
             environments_dir=self.home,
+            images_dir=self.home,
             inherited={"PATH": "/bin", "SECRET": "x"},
         )
         bundles = BundleStore(self.home / "bundles", self._fetch)
