@@ -224,9 +224,16 @@ class Demo:
         for name in NODES:
             self.type("NodeEngine", "--home", str(self.home / name), "stop", check=False)
         self.type("flops", "down", check=False)
+        if self.packaging == "image":
+            self._stop_engine()
+
+    def _stop_engine(self) -> None:
+        """End the engine that the demo has started, if it has; its images come from the nodes again."""
         for process in psutil.process_iter(["cmdline"]):
             if f"unix://{self.engine_folder}/podman.sock" in (process.info["cmdline"] or ()):
                 process.kill()
+        if (self.engine_folder / "containers.conf").exists():
+            Podman(self.engine_folder).close()
 
     def run(self) -> None:
         if self.packaging == "image":
