@@ -14,6 +14,7 @@ from flops.testing.podman import Podman, missing_for_podman, running_podman
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.chaos,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(missing_for_podman()), reason=missing_for_podman()),
 ]

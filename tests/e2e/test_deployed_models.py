@@ -15,7 +15,7 @@ from flops.testing.deployment import Deployment, free_ports
 from flops.testing.example import example_deployment, sla_file
 from flops.testing.hammer import Hammer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 MODEL = "cancer"
 NODE = "node-1"  # its folder; its name begins with that of the machine

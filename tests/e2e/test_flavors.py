@@ -75,6 +75,7 @@ def predict(project: dict[str, Any], rows: Array) -> Array:
     return np.asarray(answer.json()["predictions"])
 
 
+@pytest.mark.flavors
 def test_boosted_trees_learn_and_are_served(deployment: Deployment) -> None:
     project = run_example(deployment, "breast_cancer_xgboost")
     assert project["model"]["accuracy"] >= 0.9  # untrained: 0.37
