@@ -24,6 +24,7 @@ from flops.errors import CATALOGUE, ErrorCode
 from flops.node.preparation import Launch, NodeSite, Preparer, Report
 from flops.node.service_folder import ServiceFolder
 from flops.node.supervisor import Supervisor
+from flops.testing.disk import small_disk
 from flops.testing.waiting import until
 
 BAD, GOOD, ADDON = ServiceId("bad"), ServiceId("good"), ServiceId("data-server")
@@ -242,14 +243,9 @@ class GivenProgram(Preparer):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "200m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize(
@@ -261,9 +257,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ],
     ids=["one file", "many files", "faster than it is watched"],
 )
-def test_who_fills_the_disk_is_ended_before_it_is_full(small_disk: Path, how: str) -> None:
-    runtime = ProcessRuntime(small_disk / "runtime", small_disk / "logs", find_control_groups())
-    supervisor = Supervisor(small_disk / "services", GivenProgram(), runtime)
+def test_who_fills_the_disk_is_ended_before_it_is_full(disk: Path, how: str) -> None:
+    runtime = ProcessRuntime(disk / "runtime", disk / "logs", find_control_groups())
+    supervisor = Supervisor(disk / "services", GivenProgram(), runtime)
 
     def spec(service_id: ServiceId, program: str) -> ServiceSpec:
         return ServiceSpec(
@@ -285,7 +281,7 @@ def test_who_fills_the_disk_is_ended_before_it_is_full(small_disk: Path, how: st
         assert "filled the disk of its node" in ended.detail
         assert ended.restarts == 0
         assert "sleep" not in how or "No space left" not in runtime.output(BAD)
-        assert shutil.disk_usage(small_disk).free > 150 * 1024**2
+        assert shutil.disk_usage(disk).free > 150 * 1024**2
         assert supervisor.statuses()[GOOD].state is ServiceState.RUNNING
     finally:
         supervisor.stop_all("The test is over.")

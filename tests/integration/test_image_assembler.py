@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -25,6 +23,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, ImageRecipe
 from flops.settings import inherited_environment
 from flops.testing.contracts.image_assembler import ImageAssemblerContract, images_of
+from flops.testing.disk import small_disk
 from flops.testing.images import HandMadeBase, unpack_layer
 from flops.testing.waiting import until
 from flops.testing.wheels import lock_of, make_wheel, use_only
@@ -326,16 +325,6 @@ def test_a_package_that_is_not_there_is_named(site: Site) -> None:
         site.assembler().assemble(ImageRecipe(AMD64, lock), ignore)
     assert caught.value.code is ErrorCode.DEPENDENCIES_UNRESOLVABLE
     assert "pure" in caught.value.message
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.root

@@ -29,6 +29,7 @@ from flops.command import StoppedError, stopped_when
 from flops.core.image_reference import ImageReference
 from flops.core.images import Manifest, read_manifest
 from flops.errors import ErrorCode, FlopsError
+from flops.testing.disk import small_disk
 from flops.testing.images import (
     BreakingProxy,
     debian_registry,
@@ -286,21 +287,15 @@ def test_a_registry_whose_disk_is_full_says_so_and_takes_images_again(
     tmp_path: Path, here: FileBlobs, there: FileBlobs
 ) -> None:
     image = make_image(here, "large", size=3_000_000)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
-    try:
-        with own_registry(disk / "registry") as host:
-            with pytest.raises(FlopsError) as caught:
-                client().push(name_at(host), image, here, ignore)
-            assert caught.value.code is ErrorCode.REGISTRY_REFUSED
-            assert "full" in caught.value.message
-            assert not list((disk / "registry" / "blobs" / "incoming").iterdir())
-            subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+    with small_disk(tmp_path / "disk", "1m") as disk, own_registry(disk / "registry") as host:
+        with pytest.raises(FlopsError) as caught:
             client().push(name_at(host), image, here, ignore)
-            client().pull(name_at(host), there, ignore)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        assert caught.value.code is ErrorCode.REGISTRY_REFUSED
+        assert "full" in caught.value.message
+        assert not list((disk / "registry" / "blobs" / "incoming").iterdir())
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        client().push(name_at(host), image, here, ignore)
+        client().pull(name_at(host), there, ignore)
     assert there.digests() == here.digests()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flops.errors import ErrorCode
+from flops.testing.disk import small_disk
 from flops.testing.training_stage import AGGREGATOR, TrainingStage
 from flops.trainer import aggregator
 from flops.trainer.checkpoint import CheckpointStore
@@ -22,15 +22,10 @@ MODEL = {"np.ones((2, 2))": "np.ones(50_000)"}  # 400 kB
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[TrainingStage]:
     """The aggregator works on a disk of its own, of 4 MiB."""
-    disk = tmp_path / AGGREGATOR
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
-    stage = TrainingStage(tmp_path)
-    yield stage
-    stage.close()
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disk(tmp_path / AGGREGATOR, "4m"):
+        stage = TrainingStage(tmp_path)
+        yield stage
+        stage.close()
 
 
 def waits_in_round_3(stage: TrainingStage) -> Path:

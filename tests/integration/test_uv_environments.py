@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import io
@@ -15,7 +14,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -29,6 +27,7 @@ from flops.core.resolution import locked_versions
 from flops.errors import ErrorCode, FlopsError
 from flops.settings import inherited_environment
 from flops.testing.contracts.ml_repos import REPOSITORY
+from flops.testing.disk import small_disk
 from flops.testing.waiting import until
 from flops.testing.wheels import lock_of, make_platform_wheels, make_wheel, use_only
 
@@ -361,16 +360,6 @@ def test_what_a_killed_build_left_is_removed_by_the_next_one(site: Site) -> None
     assert not half.exists()
     assert not list(site.root.glob(".building-*"))
     assert of_others.exists()
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.root

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +12,14 @@ import pytest
 
 from flops import actor
 from flops.actor import EVENTS_FILE, EventLog
+from flops.testing.disk import small_disk
 from flops.testing.waiting import until
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(tmp_path)], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, "32k") as disk:
+        yield disk
 
 
 def fill(disk: Path) -> Path:
@@ -37,27 +34,27 @@ def told(disk: Path) -> list[str]:
     return [json.loads(line)["message"] for line in (disk / EVENTS_FILE).read_text().splitlines()]
 
 
-def test_an_event_waits_for_space_and_is_whole(small_disk: Path) -> None:
-    events = EventLog(small_disk)
+def test_an_event_waits_for_space_and_is_whole(disk: Path) -> None:
+    events = EventLog(disk)
     events.tell("progress", message="first")
-    ballast = fill(small_disk)
+    ballast = fill(disk)
     long = "x" * 6_000  # begins in the last page that the file has, and needs another one
     teller = threading.Thread(target=events.tell, args=("progress",), kwargs={"message": long})
     teller.start()
     teller.join(0.5)
     assert teller.is_alive()
-    assert told(small_disk) == ["first"]
+    assert told(disk) == ["first"]
     ballast.unlink()
     until(lambda: not teller.is_alive())
-    assert told(small_disk) == ["first", long]
+    assert told(disk) == ["first", long]
 
 
-def test_what_never_fits_leaves_nothing_behind(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_never_fits_leaves_nothing_behind(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor, "_SPACE_PATIENCE_S", 0.1)
-    events = EventLog(small_disk)
+    events = EventLog(disk)
     events.tell("progress", message="first")
-    fill(small_disk)
+    fill(disk)
     with pytest.raises(OSError, match="No space left"):
         events.tell("progress", message="x" * 6_000)
     events.tell("progress", message="last")
-    assert told(small_disk) == ["first", "last"]
+    assert told(disk) == ["first", "last"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from flops.adapters.actor_kit import install_kit, kit_files
 from flops.errors import ErrorCode, FlopsError
+from flops.testing.disk import small_disk
 
 
 def test_the_kit_is_copied_once(tmp_path: Path) -> None:
@@ -41,11 +41,8 @@ def test_many_at_once(tmp_path: Path) -> None:
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path)], check=True)
-    try:
+    with small_disk(tmp_path, "32k"):
         with pytest.raises(FlopsError) as caught:
             install_kit(tmp_path)
         assert caught.value.code is ErrorCode.DISK_FULL
         assert list(tmp_path.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)

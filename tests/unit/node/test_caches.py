@@ -16,6 +16,7 @@ from flops.core.ids import Digest
 from flops.node.bundles import BundleStore
 from flops.node.caches import NodeCaches
 from flops.node.disk_guard import folder_bytes
+from flops.testing.disk import small_disk
 from flops.testing.waiting import StandingClock, until
 
 KB = 1024
@@ -146,37 +147,32 @@ def test_who_begins_to_use_something_while_it_is_removed_does_not_get_half_of_it
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounts a small disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "20m") as disk:
+        yield disk
 
 
 @pytest.mark.root
-def test_caches_give_way_when_the_disk_gets_low_and_only_as_much_as_is_needed(small_disk: Path) -> None:
-    site = Site(small_disk)
+def test_caches_give_way_when_the_disk_gets_low_and_only_as_much_as_is_needed(disk: Path) -> None:
+    site = Site(disk)
     for number in (1, 2, 3, 4):
         site.add(number, kilobytes=2_000)
     caches = site.caches(10**12)
     caches.tend()
     assert len(site.left()) == 4  # 12 of 20 MB are free
-    (small_disk / "other").write_bytes(bytes(9_000 * KB))  # 3 MB are free, 4 MB should be
+    (disk / "other").write_bytes(bytes(9_000 * KB))  # 3 MB are free, 4 MB should be
     caches.tend()
     assert site.left() == [digest(2), digest(3), digest(4)]
 
 
 @pytest.mark.root
-def test_downloads_are_looked_after_now_and_then_and_when_the_disk_gets_low(small_disk: Path) -> None:
-    site, told = Site(small_disk), []
+def test_downloads_are_looked_after_now_and_then_and_when_the_disk_gets_low(disk: Path) -> None:
+    site, told = Site(disk), []
     caches = NodeCaches((), frozenset, 0, site.home, StandingClock(), told.append)
     caches.start()
     try:
         until(lambda: told == [False], "the first look")
-        (small_disk / "other").write_bytes(bytes(18_000 * KB))
+        (disk / "other").write_bytes(bytes(18_000 * KB))
         until(lambda: told == [False, True], "the look at the low disk")
     finally:
         caches.close()
