@@ -602,7 +602,7 @@ def test_the_end_of_a_container_that_a_daemon_missed_is_told(
     cluster.run(program)
     until(lambda: cluster.told() == ["before"])
     node.kill()
-    (node.home / "services/learner-p1-0/work/go").touch()
+    (node.home / "services" / "learner-p1-0" / "work" / "go").touch()
     until(lambda: podman.run("ps", "--quiet") == "", "the end of the container")
     node.start()
     cluster.wait_for(ServiceState.COMPLETED)
