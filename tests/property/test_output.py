@@ -8,7 +8,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flops.adapters.output_files import OutputWriter, open_parts
+from flops.adapters.output_files import OutputWriter
+from flops.adapters.runtime_records import read_output_of
 from flops.core.output import Output, piece_of
 
 WRITES = st.lists(
@@ -21,17 +22,6 @@ WRITES = st.lists(
     min_size=5,
     max_size=40,
 )
-
-
-def read(path: Path, after: int | None, limit_bytes: int) -> Output:
-    with open_parts(path) as parts:
-        return piece_of(
-            lambda start, end: b"".join(part.read(start, end) for part in parts),
-            parts[0].place if parts else 0,
-            parts[-1].end if parts else 0,
-            after=after,
-            limit_bytes=limit_bytes,
-        )
 
 
 @given(writes=WRITES, limit_bytes=st.integers(40, 120), piece_bytes=st.integers(8, 64))
@@ -50,14 +40,14 @@ def test_a_reader_misses_nothing_that_it_is_not_told_of(
                 path.with_name("s1.log.1").unlink(missing_ok=True)
             writer.write(data)
             written += data
-            piece = read(path, place, piece_bytes)
+            piece = read_output_of(path, place, piece_bytes)
             assert piece.total == len(written)
             assert place <= piece.start <= piece.end <= piece.total
             assert piece.text == written[piece.start : piece.end].decode(errors="replace")
             if piece.start > place and b"\n" in written[piece.start - 1 : piece.end - 1]:
                 assert written[piece.start - 1 : piece.start] == b"\n"
             place = piece.end
-        tail = read(path, None, piece_bytes)
+        tail = read_output_of(path, None, piece_bytes)
         assert tail.text == written[tail.start : tail.end].decode(errors="replace")
 
 

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 from flops.adapters import confinement
 from flops.adapters import service_shim as shim
-from flops.adapters.output_files import open_parts, remove_output
+from flops.adapters.output_files import remove_output
 from flops.adapters.process_usage import UsageMeter
+from flops.adapters.runtime_records import folder_of, read_output_of, read_record
 from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
-from flops.core.output import Output, piece_of
+from flops.core.output import Output
 from flops.core.reach import Reach
 from flops.core.service_end import (
     MACHINE_RESTARTED,
@@ -108,7 +109,7 @@ class ProcessRuntime:
         folder = self._folder(service_id)
         if self._living_shim(folder) is not None:
             return
-        attempt = int((_read_json(folder / shim.LAUNCH_FILE) or {}).get("attempt", 0)) + 1
+        attempt = int((read_record(folder / shim.LAUNCH_FILE) or {}).get("attempt", 0)) + 1
         before = self.status(service_id)
         self._sweep(service_id)
         try:
@@ -163,10 +164,10 @@ class ProcessRuntime:
         folder = self._folder(service_id)
         if self._living_shim(folder) is not None:
             return ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
-        record = _read_json(folder / shim.EXIT_FILE)
+        record = read_record(folder / shim.EXIT_FILE)
         if record is not None:
             return _ended(service_id, record)
-        identity = _read_json(folder / shim.SHIM_FILE)
+        identity = read_record(folder / shim.SHIM_FILE)
         if identity is None:
             return None
         self._sweep(service_id)
@@ -213,14 +214,7 @@ class ProcessRuntime:
 
     def read_output(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
         """What follows a place in the service's output, over restarts; its end when `after` is None."""
-        with open_parts(self._output_path(service_id)) as parts:
-            return piece_of(
-                lambda start, end: b"".join(part.read(start, end) for part in parts),
-                parts[0].place if parts else 0,
-                parts[-1].end if parts else 0,
-                after=after,
-                limit_bytes=limit_bytes,
-            )
+        return read_output_of(self._output_path(service_id), after, limit_bytes)
 
     def limits(self) -> tuple[tuple[str, ...], str]:
         """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
@@ -229,19 +223,17 @@ class ProcessRuntime:
         return (*groups, *kernel), "; ".join(filter(None, (why_not_groups, why_not_kernel)))
 
     def _folder(self, service_id: ServiceId) -> Path:
-        if not service_id or "/" in service_id or service_id.startswith("."):
-            raise FlopsError(ErrorCode.USAGE, f"{service_id!r} cannot be the id of a service.")
-        return self._root / service_id
+        return folder_of(self._root, service_id)
 
     def _group_name(self, service_id: ServiceId) -> str:
         return f"{hashlib.sha256(str(self._root).encode()).hexdigest()[:8]}-{service_id}"
 
     def _output_path(self, service_id: ServiceId) -> Path:
-        launch = _read_json(self._folder(service_id) / shim.LAUNCH_FILE) or {}
+        launch = read_record(self._folder(service_id) / shim.LAUNCH_FILE) or {}
         return Path(str(launch.get("output", self._output_dir / f"{service_id}.log")))
 
     def _living_shim(self, folder: Path) -> int | None:
-        identity = _read_json(folder / shim.SHIM_FILE)
+        identity = read_record(folder / shim.SHIM_FILE)
         if identity is None or identity.get("boot_id") != self._boot_id:
             return None
         pid = int(identity["pid"])
@@ -252,7 +244,7 @@ class ProcessRuntime:
     def _sweep(self, service_id: ServiceId) -> None:
         """Kill what a killed shim left behind: found by its control groups and by its environment."""
         folder = self._folder(service_id)
-        launch = _read_json(folder / shim.LAUNCH_FILE)
+        launch = read_record(folder / shim.LAUNCH_FILE)
         if launch is None:
             return
         mark = f"{FOLDER_VARIABLE}={folder}".encode()
@@ -295,14 +287,6 @@ def _processes_marked(mark: bytes) -> set[int]:
             if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.add(pid)
     return {pid for pid in found if (state := shim.process_state(pid)) and state[0] not in "ZX"}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return raw if isinstance(raw, dict) else None
 
 
 def _wait(is_true: Callable[[], bool], timeout_s: float) -> bool:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flops.adapters.containers.engine import ContainerEngine, EngineFacts
-from flops.adapters.output_files import OutputWriter, open_parts, remove_output
+from flops.adapters.output_files import OutputWriter, remove_output
+from flops.adapters.runtime_records import read_output_of
 from flops.core.ids import ServiceId
-from flops.core.output import Output, piece_of
+from flops.core.output import Output
 from flops.durable_file import file_error, write_durably
 from flops.errors import FlopsError
 
@@ -81,14 +82,7 @@ class ContainerOutput:
 
     def read(self, service_id: ServiceId, after: int | None, limit_bytes: int) -> Output:
         """What follows a place in what was taken over; its end when `after` is None."""
-        with open_parts(self._path(service_id)) as parts:
-            return piece_of(
-                lambda start, end: b"".join(part.read(start, end) for part in parts),
-                parts[0].place if parts else 0,
-                parts[-1].end if parts else 0,
-                after=after,
-                limit_bytes=limit_bytes,
-            )
+        return read_output_of(self._path(service_id), after, limit_bytes)
 
     def remove(self, service_id: ServiceId) -> None:
         """Remove the files."""

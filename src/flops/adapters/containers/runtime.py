@@ -23,6 +23,7 @@ from flops.adapters.containers.engine import ContainerEngine, EngineFacts, Engin
 from flops.adapters.containers.mounts import empty_root, give_to
 from flops.adapters.containers.output import ContainerOutput
 from flops.adapters.process_usage import UsageMeter
+from flops.adapters.runtime_records import folder_of, read_record
 from flops.core.cluster import Resources, ServiceState, ServiceStatus, ServiceUsage
 from flops.core.ids import ServiceId
 from flops.core.output import Output
@@ -131,7 +132,7 @@ class ContainerRuntime:
         self, service_id: ServiceId, folder: Path, resources: Resources, before: ServiceStatus | None
     ) -> None:
         """Forget how it ended last, and keep how it is started now."""
-        attempt = int((_read_json(folder / LAUNCH_FILE) or {}).get("attempt", 0)) + 1
+        attempt = int((read_record(folder / LAUNCH_FILE) or {}).get("attempt", 0)) + 1
         for file in (EXIT_FILE, RUN_FILE, STOP_FILE):
             (folder / file).unlink(missing_ok=True)
         launch = {"attempt": attempt, "boot_id": self._boot_id, "memory_mb": resources.memory_mb}
@@ -182,10 +183,10 @@ class ContainerRuntime:
         While the engine is away, a service of which nothing else is known counts as running.
         """
         folder = self._folder(service_id)
-        record = _read_json(folder / EXIT_FILE)
+        record = read_record(folder / EXIT_FILE)
         if record is not None:
             return _ended(service_id, record)
-        launch = _read_json(folder / LAUNCH_FILE)
+        launch = read_record(folder / LAUNCH_FILE)
         if launch is None:
             return None
         running = ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
@@ -202,7 +203,7 @@ class ContainerRuntime:
     def _look(self, service_id: ServiceId, folder: Path, launch: Mapping[str, Any]) -> ServiceStatus | None:
         """Ask the engine, and take over the end if it has ended."""
         with self._lock:
-            record = _read_json(folder / EXIT_FILE)
+            record = read_record(folder / EXIT_FILE)
             if record is not None:
                 return _ended(service_id, record)
             container = self._engine.inspect(self._container(service_id))
@@ -331,9 +332,7 @@ class ContainerRuntime:
         return self._facts
 
     def _folder(self, service_id: ServiceId) -> Path:
-        if not service_id or "/" in service_id or service_id.startswith("."):
-            raise FlopsError(ErrorCode.USAGE, f"{service_id!r} cannot be the id of a service.")
-        return self._root / service_id
+        return folder_of(self._root, service_id)
 
     def _container(self, service_id: ServiceId) -> str:
         return f"flops-{self._name}-{service_id}"
@@ -341,13 +340,13 @@ class ContainerRuntime:
     def _keep_process(self, folder: Path, pid: int) -> None:
         state = shim.process_state(pid) if pid > 0 else None
         run = {"pid": pid, "started_ticks": state[2] if state is not None else 0}
-        if run != _read_json(folder / RUN_FILE):
+        if run != read_record(folder / RUN_FILE):
             with suppress(FlopsError):  # then the engine is asked again
                 write_durably(folder / RUN_FILE, json.dumps(run))
 
     def _process(self, folder: Path) -> int | None:
         """The main process of the service's container, if it lives and can be seen from here."""
-        run = _read_json(folder / RUN_FILE)
+        run = read_record(folder / RUN_FILE)
         if run is None or not run.get("started_ticks"):
             return None
         state = shim.process_state(int(run["pid"]))
@@ -399,11 +398,3 @@ def _ended(service_id: ServiceId, record: Mapping[str, Any]) -> ServiceStatus:
         out_of_memory=str(record.get("out_of_memory") or ""),
         problem=str(record.get("problem") or ""),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return raw if isinstance(raw, dict) else None
