@@ -27,7 +27,8 @@ from flops.adapters.images.layout import ImageLayout
 from flops.adapters.registry_client.client import OciRegistry
 from flops.adapters.uv_environments import UvEnvironments
 from flops.core.image_reference import ImageReference
-from flops.core.images import Descriptor, ImageRun, Platform
+from flops.core.images import Descriptor, ImageRun
+from flops.core.platforms import Platform
 from flops.image_ports import ImageRecipe
 from flops.settings import inherited_environment
 from flops.testing.images import own_registry

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from flops.core.ids import Digest
 from flops.core.image_reference import ImageReference
-from flops.core.images import BaseImage, Descriptor, ImageRun, Platform
+from flops.core.images import BaseImage, Descriptor, ImageRun
+from flops.core.platforms import Platform
 from flops.ports import BlobStreams
 from flops.retention_ports import KeptBlobs
 

@@ -23,10 +23,10 @@ from flops.core.images import (
     Descriptor,
     ImageRun,
     Layer,
-    Platform,
     config_bytes,
     manifest_bytes,
 )
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import BaseImages, ImageBlobs
 from flops.settings import inherited_environment

@@ -18,7 +18,8 @@ import uv
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.assembler import OciAssembler
 from flops.command import StoppedError, stopped_when
-from flops.core.images import Descriptor, Layer, Platform
+from flops.core.images import Descriptor, Layer
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, ImageRecipe
 from flops.settings import inherited_environment
@@ -225,7 +226,7 @@ import json, sys
 from pathlib import Path
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.assembler import OciAssembler
-from flops.core.images import Platform
+from flops.core.platforms import Platform
 from flops.image_ports import ImageRecipe
 from flops.testing.images import HandMadeBase
 given = json.loads(sys.argv[1])

@@ -17,7 +17,8 @@ from flops.adapters.images.debian_base import DebianBase
 from flops.adapters.registry_client.auth import DockerCredentials
 from flops.adapters.registry_client.client import OciRegistry
 from flops.core.image_reference import ImageReference
-from flops.core.images import ImageRun, Platform, image_labels
+from flops.core.images import ImageRun, image_labels
+from flops.core.platforms import Platform
 from flops.image_ports import ImageRecipe
 from flops.settings import inherited_environment
 from flops.testing.images import make_image, make_index, own_registry

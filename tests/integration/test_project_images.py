@@ -17,7 +17,7 @@ from flops.adapters.images.assembler import OciAssembler
 from flops.adapters.registry_client.client import OciRegistry
 from flops.builder.images import ImageTools, ProjectImages
 from flops.core.image_reference import parse_reference
-from flops.core.images import Platform
+from flops.core.platforms import Platform
 from flops.core.project import TrainedModel
 from flops.settings import inherited_environment
 from flops.testing.contracts.image_assembler import images_of

@@ -19,7 +19,6 @@ from flops.core.images import (
     Index,
     Layer,
     Manifest,
-    Platform,
     config_bytes,
     image_labels,
     index_bytes,
@@ -27,6 +26,7 @@ from flops.core.images import (
     read_config,
     read_manifest,
 )
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 
 digests = st.text("0123456789abcdef", min_size=64, max_size=64).map(Digest)

@@ -12,7 +12,7 @@ import flops
 import flops_utils
 from flops.actor import ActorContext
 from flops.core.image_reference import ImageReference
-from flops.core.images import HealthCheck, ImageRun, Platform, image_labels
+from flops.core.images import HealthCheck, ImageRun, image_labels
 from flops.core.project import Images
 from flops.image_ports import ImageAssembler, ImageBlobs, ImageRecipe, Registry, Report
 from flops.wire.image_layout import BUNDLE, KIT, MODEL, OWN, OWN_MODULES, PROJECT, python_of
@@ -56,7 +56,6 @@ class ProjectImages:
         self._kit = Path(context.kit_dir)
         self._bundle = Path(context.repo_dir)
         self._cluster = cluster
-        self._platforms = tuple(Platform(platform) for platform in order.platforms)
 
     def push_training(self, lock: str, model_lock: str, report: Report) -> Images:
         """Make and push the images of aggregator and learner.
@@ -70,7 +69,7 @@ class ProjectImages:
             FlopsError: see `ImageAssembler.assemble` and `Registry.push`.
         """
         learner = ImageRecipe(
-            self._platforms,
+            self._order.platforms,
             folders={KIT: self._kit, BUNDLE: self._bundle},
             run=ImageRun(
                 entrypoint=(python_of(PROJECT), "-m", "flops.trainer.learner"),
@@ -81,7 +80,7 @@ class ProjectImages:
         )
         own = {f"{OWN_MODULES}/{p.__name__}": Path(str(p.__file__)).parent for p in (flops, flops_utils)}
         aggregator = ImageRecipe(
-            self._platforms,
+            self._order.platforms,
             folders={**own, KIT: self._kit, BUNDLE: self._bundle},
             run=ImageRun(
                 entrypoint=(python_of(OWN), "-m", "flops.wiring", "aggregator"),
@@ -119,7 +118,7 @@ class ProjectImages:
         )
         model = self._order.model
         recipe = ImageRecipe(
-            self._platforms,
+            self._order.platforms,
             files={_CONTEXT: json.dumps(asdict(context), sort_keys=True).encode()},
             folders={KIT: self._kit, BUNDLE: self._bundle},
             run=ImageRun(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -17,6 +16,7 @@ from pydantic import Field, ValidationError
 from flops.core.ids import Digest
 from flops.core.image_reference import DIGEST
 from flops.core.model import Value
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -42,35 +42,6 @@ REVISION = "org.opencontainers.image.revision"
 SOURCE = "org.opencontainers.image.source"
 LABEL_PREFIX = "org.flops."
 PYTHON_LABEL = f"{LABEL_PREFIX}python"
-
-
-class Platform(StrEnum):
-    """What images are made for, as SLAs name it."""
-
-    AMD64 = "linux/amd64"
-    ARM64 = "linux/arm64"
-
-    @classmethod
-    def of(cls, machine: str) -> Platform:
-        """The platform of a machine, by what ``uname -m`` prints.
-
-        Raises:
-            FlopsError: ``config_invalid`` for another one.
-        """
-        found = next((platform for platform in cls if platform.machine == machine), None)
-        if found is None:
-            raise FlopsError(ErrorCode.CONFIG_INVALID, f"No images are made for machines of {machine}.")
-        return found
-
-    @property
-    def architecture(self) -> str:
-        """As OCI, Docker and Debian name it."""
-        return self.value.partition("/")[2]
-
-    @property
-    def machine(self) -> str:
-        """As ``uname -m`` and names of wheels have it."""
-        return {"amd64": "x86_64", "arm64": "aarch64"}[self.architecture]
 
 
 class Descriptor(Value):

@@ -14,6 +14,7 @@ from flops.core.cluster import (
     Resources,
 )
 from flops.core.ids import NodeId
+from flops.core.platforms import Platform
 from flops.core.project import Placement
 from flops.core.sla import Packaging, PostTrainingStep, ProjectSla, ResourceConstraints
 from flops.errors import ErrorCode, FlopsError
@@ -25,12 +26,7 @@ BASE_MEMORY_MB = 768
 # export the model.
 AGGREGATOR_BASE_MEMORY_MB = 1536
 
-_PLATFORMS = {
-    "x86_64": "linux/amd64",
-    "amd64": "linux/amd64",
-    "aarch64": "linux/arm64",
-    "arm64": "linux/arm64",
-}
+_PLATFORMS = {name: p.value for p in Platform for name in (p.machine, p.architecture)}
 
 _Obstacle = Callable[[Node], str]  # why a node cannot take something, "" if it can
 

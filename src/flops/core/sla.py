@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from flops.core.model import StrictValue
+from flops.core.platforms import Platform
 from flops.core.strategies import strategy_problem
 from flops.errors import ErrorCode, FlopsError
 
@@ -25,13 +26,6 @@ class ModelFlavor(StrEnum):
     TENSORFLOW = "tensorflow"
     KERAS = "keras"
     XGBOOST = "xgboost"
-
-
-class Platform(StrEnum):
-    """Platforms learners may run on."""
-
-    AMD64 = "linux/amd64"
-    ARM64 = "linux/arm64"
 
 
 class Packaging(StrEnum):

@@ -56,7 +56,7 @@ def _image_order(project: Project, options: EngineOptions, model: TrainedModel |
         project_id=project.id,
         registry=options.registry,
         base=options.base_image,
-        platforms=tuple(platform.value for platform in project.sla.supported_platforms),
+        platforms=project.sla.supported_platforms,
         source=_without_credentials(project.sla.ml_repo_url),
         commit=_repository(project).commit,
         model=model,

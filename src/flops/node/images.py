@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 
 from flops.core.image_reference import ImageReference, is_host, parse_reference
-from flops.core.images import Descriptor, Platform
+from flops.core.images import Descriptor
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, NamedImages, Registry, Report
 from flops.retention_ports import KeptBlobs

@@ -29,11 +29,11 @@ from flops.core.images import (
     Descriptor,
     ImageRun,
     Layer,
-    Platform,
     config_bytes,
     index_bytes,
     manifest_bytes,
 )
+from flops.core.platforms import Platform
 from flops.image_ports import ImageBlobs, Report
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories

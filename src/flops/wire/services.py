@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from flops.core.model import Value
+from flops.core.platforms import Platform
 from flops.core.project import Environment, TrainedModel
 from flops.core.sla import EarlyStopping, MockDataConfiguration, Strategy, TargetMetric
 
@@ -19,7 +20,7 @@ class ImageOrder(Value):
     project_id: str
     registry: str = ""
     base: str = ""
-    platforms: tuple[str, ...]  # "linux/amd64", …
+    platforms: tuple[Platform, ...]
     source: str  # the ML repository
     commit: str
     model: TrainedModel | None = None  # the model to package; the bundle is its folder then

@@ -41,7 +41,7 @@ from flops.core.cluster import (
     ServiceKind,
     ServiceSpec,
 )
-from flops.core.images import Platform
+from flops.core.platforms import Platform
 from flops.durable_file import remove_unfinished, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.log import JsonFormatter, configure_logging

@@ -13,7 +13,8 @@ import pytest
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.layout import ImageLayout
 from flops.core.ids import Digest
-from flops.core.images import Descriptor, Platform
+from flops.core.images import Descriptor
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.images import make_image, make_index
 

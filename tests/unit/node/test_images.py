@@ -12,7 +12,8 @@ from flops.adapters.images.layout import ImageLayout
 from flops.adapters.registry_client.client import OciRegistry
 from flops.adapters.system_clock import SystemClock
 from flops.core.image_reference import ImageReference, parse_reference
-from flops.core.images import Descriptor, Platform
+from flops.core.images import Descriptor
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.node.images import NodeImages, shrink_images
 from flops.testing.images import make_image, make_index, own_registry

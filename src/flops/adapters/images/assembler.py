@@ -26,11 +26,11 @@ from flops.core.images import (
     BaseImage,
     Descriptor,
     Layer,
-    Platform,
     config_bytes,
     index_bytes,
     manifest_bytes,
 )
+from flops.core.platforms import Platform
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import BaseImages, ImageBlobs, ImageRecipe, Report

@@ -17,7 +17,8 @@ from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.uv_program import UvProgram, is_disk_full
 from flops.command import run_command, stop_if_needless
-from flops.core.images import BaseImage, Layer, Platform
+from flops.core.images import BaseImage, Layer
+from flops.core.platforms import Platform
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, Report

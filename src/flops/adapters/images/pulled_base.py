@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from flops.adapters.images.layer_cache import is_intact
 from flops.command import stop_if_needless
 from flops.core.image_reference import ImageReference
-from flops.core.images import BaseImage, Descriptor, Layer, Manifest, Platform, read_config, read_manifest
+from flops.core.images import BaseImage, Descriptor, Layer, Manifest, read_config, read_manifest
+from flops.core.platforms import Platform
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, Registry, Report

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from flops.adapters.file_blobs import FileBlobs
-from flops.core.images import BaseImage, Platform
+from flops.core.images import BaseImage
+from flops.core.platforms import Platform
 from flops.image_ports import BaseImages, ImageBlobs
 
 

@@ -13,9 +13,9 @@ from flops.core.images import (
     ImageRun,
     Index,
     Manifest,
-    Platform,
     read_manifest,
 )
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageAssembler, ImageBlobs, ImageRecipe
 from flops.testing.images import unpack_layer

@@ -9,7 +9,7 @@ import pytest
 from flops.adapters.file_blobs import FileBlobs
 from flops.core.ids import Digest
 from flops.core.image_reference import ImageReference
-from flops.core.images import Platform
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs, Registry
 from flops.testing.images import make_image, make_index
