@@ -23,6 +23,7 @@ from flops.ports import Environments
 from flops.wire.services import BuilderConfig, ImageOrder
 
 _TIMEOUT_S = 60.0
+FetchBlob = Callable[[str, Digest, Path], None]
 OpenImages = Callable[[Path, ImageOrder, frozenset[str]], ImageTools]
 _UPLOAD_ATTEMPTS = 5
 
@@ -32,6 +33,7 @@ def main(
     events: EventLog,
     open_environments: Callable[[Path], Environments],
     open_images: OpenImages,
+    fetch_blob: FetchBlob,
 ) -> None:
     """Lock the environments of the bundle's repository, store both locks as blobs, and tell the environment.
 
@@ -45,16 +47,17 @@ def main(
         open_environments: makes the environments of a folder.
         open_images: makes the tools for images, which keep what they need in a folder; given the registries
             that are spoken to in the clear.
+        fetch_blob: brings a blob of the cluster into a file, given the blobs' URL.
 
     Raises:
         FlopsError: as `flops.ports.Environments` and `ProjectImages`; ``unreachable`` when the locks cannot
-            be stored or fetched.
+            be stored; and as `fetch_blob`.
     """
     told_to_end = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: told_to_end.set())
     try:
         with stopped_when(told_to_end.is_set):
-            _Build(context, events, open_environments, open_images).run()
+            _Build(context, events, open_environments, open_images, fetch_blob).run()
     except StoppedError:
         raise KeyboardInterrupt from None
     finally:
@@ -68,42 +71,44 @@ class _Build:
         events: EventLog,
         open_environments: Callable[[Path], Environments],
         open_images: OpenImages,
+        fetch_blob: FetchBlob,
     ) -> None:
         self._context = context
         self._events = events
         self._config = BuilderConfig.model_validate(context.config)
         self._open_environments = open_environments
         self._open_images = open_images
+        self._fetch_blob = fetch_blob
 
     def run(self) -> None:
-        order = self._config.images
-        environment = self._config.environment
-        with httpx.Client(timeout=_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
-            if environment is None:
-                environment, lock, model_lock = self._lock(client, is_built=order is None)
-            else:
-                lock = self._fetch(client, environment.lock)
-                model_lock = self._fetch(client, environment.model_lock)
+        order, environment = self._config.images, self._config.environment
+        if order is not None and order.model is not None and environment is not None:
+            name = self._images(order).push_model(self._fetch(environment.model_lock), self._report)
+            self._events.tell("model_image_pushed", image=name)
+            return
+        if environment is None:
+            environment, lock, model_lock = self._lock(is_built=order is None)
+        else:
+            lock, model_lock = self._fetch(environment.lock), self._fetch(environment.model_lock)
         images = None
         if order is not None:
-            url = urlsplit(self._context.blobs_url)
-            plain_http = frozenset({url.netloc} if url.scheme == "http" else ())
-            tools = self._open_images(Path(self._context.images_dir), order, plain_http)
-            project = ProjectImages(tools, order, self._context, url.netloc)
-            if order.model is not None:
-                self._events.tell("model_image_pushed", image=project.push_model(model_lock, self._report))
-                return
-            images = project.push_training(lock, model_lock, self._report)
+            images = self._images(order).push_training(lock, model_lock, self._report)
         self._events.tell(
             "environment_locked",
             environment=environment.model_dump(mode="json"),
             **({"images": images.model_dump(mode="json")} if images is not None else {}),
         )
 
+    def _images(self, order: ImageOrder) -> ProjectImages:
+        url = urlsplit(self._context.blobs_url)
+        plain_http = frozenset({url.netloc} if url.scheme == "http" else ())
+        tools = self._open_images(Path(self._context.images_dir), order, plain_http)
+        return ProjectImages(tools, order, self._context, url.netloc)
+
     def _report(self, message: str) -> None:
         self._events.tell("progress", message=message)
 
-    def _lock(self, client: httpx.Client, *, is_built: bool) -> tuple[Environment, str, str]:
+    def _lock(self, *, is_built: bool) -> tuple[Environment, str, str]:
         """Lock both environments, and store the locks."""
         context = self._context
         root = Path(context.environments_dir or Path(context.work_dir, "environments"))
@@ -122,20 +127,16 @@ class _Build:
                 ]
                 for build in builds:
                     build.result()
-        for text in locks:
-            _store(client, context.blobs_url, text.encode())
+        with httpx.Client(timeout=_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
+            for text in locks:
+                _store(client, context.blobs_url, text.encode())
         environment = environment.model_copy(update={"key": EnvironmentKey(self._config.environment_key)})
         return environment, lock, model_lock
 
-    def _fetch(self, client: httpx.Client, lock: Digest) -> str:
-        url = f"{self._context.blobs_url}/{lock}"
-        try:
-            answer = client.get(url).raise_for_status()
-        except httpx.HTTPError as exc:
-            raise FlopsError(
-                ErrorCode.UNREACHABLE, f"The lock {lock[:12]} cannot be fetched from {url}: {exc}."
-            ) from exc
-        return answer.text
+    def _fetch(self, lock: Digest) -> str:
+        file = Path(self._context.work_dir, f"{lock}.lock")
+        self._fetch_blob(self._context.blobs_url, lock, file)
+        return file.read_text(encoding="utf-8")
 
 
 def _store(client: httpx.Client, blobs_url: str, data: bytes) -> Digest:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flops.builder.images import ImageTools
+    from flops.core.ids import Digest
     from flops.image_ports import BaseImages
     from flops.ports import Environments
     from flops.wire.services import ImageOrder
@@ -19,10 +20,17 @@ def run_builder(arguments: list[str]) -> int:
     from flops.builder.builder import main as build
 
     return run_actor(
-        lambda context, events: build(context, events, open_environments, open_image_tools),
+        lambda context, events: build(context, events, open_environments, open_image_tools, _fetch_blob),
         ["", *arguments],
         has_users_code=False,
     )
+
+
+def _fetch_blob(url: str, digest: Digest, path: Path) -> None:
+    """Bring a verified blob of the cluster into a file."""
+    from flops.adapters.blob_client import HttpBlobClient
+
+    HttpBlobClient(url).fetch(digest, path)
 
 
 def run_aggregator(arguments: list[str]) -> int:
@@ -56,7 +64,6 @@ def run_mock_data_provider(arguments: list[str]) -> int:
     import pyarrow as pa
 
     from flops.actor import run_actor
-    from flops.adapters.blob_client import HttpBlobClient
     from flops.adapters.data_files import open_data
     from flops.adapters.flight_client import FlightDataClient
     from flops.mockdata.hub import load_from_hub
@@ -68,7 +75,7 @@ def run_mock_data_provider(arguments: list[str]) -> int:
 
     provider = MockDataProvider(
         open_sink=FlightDataClient,
-        fetch_blob=lambda url, digest, path: HttpBlobClient(url).fetch(digest, path),
+        fetch_blob=_fetch_blob,
         read_file=read_file,
         load_from_hub=load_from_hub,
     )

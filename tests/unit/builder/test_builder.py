@@ -100,6 +100,10 @@ def no_images(_root: Path, order: ImageOrder, _plain: frozenset[str]) -> NoRetur
     raise AssertionError(order)
 
 
+def no_fetch(url: str, digest: Digest, _path: Path) -> NoReturn:
+    raise AssertionError(f"{url}/{digest}")
+
+
 def events_in(folder: Path) -> list[object]:
     lines = (folder / "events.jsonl").read_text().splitlines()
     return [parse_actor_event(json.loads(line)) for line in lines]
@@ -117,7 +121,7 @@ def test_the_environment_is_told_when_its_locks_are_stored(
         roots.append(root)
         return environments
 
-    main(context_in(tmp_path, server.server_port), EventLog(tmp_path), open_environments, no_images)
+    main(context_in(tmp_path, server.server_port), EventLog(tmp_path), open_environments, no_images, no_fetch)
     *progress, last = events_in(tmp_path)
     assert isinstance(last, EnvironmentLocked)
     assert last.environment.key == "the-key"
@@ -137,7 +141,7 @@ def test_the_environment_is_told_when_its_locks_are_stored(
 
 def test_cuda_comes_along_where_gpus_are_asked_for(tmp_path: Path, server: BlobServer) -> None:
     context = context_in(tmp_path, server.server_port, needs_gpu=True)
-    main(context, EventLog(tmp_path), lambda _: FixedEnvironments(), no_images)
+    main(context, EventLog(tmp_path), lambda _: FixedEnvironments(), no_images, no_fetch)
     messages = [event.message for event in events_in(tmp_path) if isinstance(event, Progress)]
     assert "Resolving repository for sklearn, with CUDA." in messages
 
@@ -145,13 +149,19 @@ def test_cuda_comes_along_where_gpus_are_asked_for(tmp_path: Path, server: BlobS
 def test_what_cannot_be_built_is_not_stored(tmp_path: Path, server: BlobServer) -> None:
     broken = FixedEnvironments(FlopsError(ErrorCode.DISK_FULL, "full"))
     with pytest.raises(FlopsError) as caught:
-        main(context_in(tmp_path, server.server_port), EventLog(tmp_path), lambda _: broken, no_images)
+        main(
+            context_in(tmp_path, server.server_port),
+            EventLog(tmp_path),
+            lambda _: broken,
+            no_images,
+            no_fetch,
+        )
     assert caught.value.code is ErrorCode.DISK_FULL
     assert server.blobs == {}
 
 
 def test_a_cluster_that_is_away_is_told(tmp_path: Path) -> None:
     with pytest.raises(FlopsError) as caught:
-        main(context_in(tmp_path, 1), EventLog(tmp_path), lambda _: FixedEnvironments(), no_images)
+        main(context_in(tmp_path, 1), EventLog(tmp_path), lambda _: FixedEnvironments(), no_images, no_fetch)
     assert caught.value.code is ErrorCode.UNREACHABLE
     assert "127.0.0.1:1" in caught.value.message
