@@ -10,7 +10,6 @@ interpreter that imports what a learner imports: no first round can be faster.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import tempfile
 import time
@@ -34,10 +33,8 @@ def deployment_for(packaging: str, home: Path) -> Iterator[Deployment]:
         with example_deployment(home) as deployment:
             yield deployment
         return
-    with running_podman() as podman:
-        os.environ["FLOPS_CONTAINER_SOCKET"] = str(podman.socket)  # noqa: TID251 (the nodes inherit it)
-        with example_deployment(home, in_containers=True) as deployment:
-            yield deployment
+    with running_podman() as podman, example_deployment(home, container_socket=podman.socket) as deployment:
+        yield deployment
 
 
 def interpreter_start_s(home: Path) -> float:

@@ -35,10 +35,8 @@ def podman() -> Iterator[Podman]:
 @pytest.fixture
 def deployment(podman: Podman, tmp_path: Path) -> Iterator[Deployment]:
     """Two learner nodes that run containers; one of them builds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLOPS_CONTAINER_SOCKET", str(podman.socket))
-        with example_deployment(tmp_path, in_containers=True) as deployment:
-            yield deployment
+    with example_deployment(tmp_path, container_socket=podman.socket) as deployment:
+        yield deployment
 
 
 def test_a_project_runs_from_images_and_its_model_from_one_alone(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ SECRET = "patient-4711"
 SAYS_AND_RAISES = f"print('{SECRET}', flush=True)\n        raise ValueError('{SECRET}')\n        "
 LEARNER = f"learner-{PROJECT}-0"
 HIDING = [Disclosure.MESSAGE, Disclosure.NONE]
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[TrainingStage]:
-    stage = TrainingStage(tmp_path)
-    yield stage
-    stage.close()
 
 
 def check(told: dict[str, Any], disclosure: Disclosure, *, line: str = "") -> None:

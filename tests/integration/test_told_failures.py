@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from flops.errors import CATALOGUE, ErrorCode
 from flops.testing.deployment import free_ports
@@ -17,13 +14,6 @@ RAISES = {FIT: f"import time; raise RuntimeError(f'raised at {{time.time():.3f}}
 CLOSING_S = 3.0  # how long an aggregator waits for its tracking server at the end
 LOOKING_S = 5.0  # how long a learner looks for its aggregator to tell it that it failed
 BOUND_S = 10.0  # for a machine that is busy with other things
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[TrainingStage]:
-    stage = TrainingStage(tmp_path)
-    yield stage
-    stage.close()
 
 
 def waits_for(flag: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,6 @@ FAILING_FIT = {"self.center += (": "raise RuntimeError('the sensor is broken')\n
 NAN_FIT = {"self.center += (self.training": "self.center += np.nan * (self.training"}
 
 
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[TrainingStage]:
-    stage = TrainingStage(tmp_path)
-    yield stage
-    stage.close()
-
-
 def slow_in_round(number: int, flag: Path) -> dict[str, str]:
     """A learner that says that it is in `number`'s training by making a file, and then takes very long."""
     return {
@@ -40,8 +32,7 @@ def slow_in_round(number: int, flag: Path) -> dict[str, str]:
 
 def rounds_of(stage: TrainingStage) -> list[Round]:
     """The rounds that were told; the last one before a restart is told again."""
-    told = [Round.model_validate(e["record"]) for e in stage.events(AGGREGATOR, "round_completed")]
-    return [record for record, _ in itertools.groupby(told)]
+    return [record for record, _ in itertools.groupby(stage.rounds())]
 
 
 def test_trains_and_hands_over_the_best_model(stage: TrainingStage) -> None:

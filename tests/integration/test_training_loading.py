@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flops.core.project import Round
 from flops.errors import ErrorCode
 from flops.testing.training_stage import AGGREGATOR, PROJECT, TrainingStage
 
@@ -17,17 +15,6 @@ VICTIM = f"learner-{PROJECT}-1"
 LOAD = "self.training, self.held_out = DataManager().get_data()"
 IN_PYTHON = "while True: pass"
 ALONE = "import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # lets no other thread run
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[TrainingStage]:
-    stage = TrainingStage(tmp_path)
-    yield stage
-    stage.close()
-
-
-def rounds_of(stage: TrainingStage) -> list[Round]:
-    return [Round.model_validate(e["record"]) for e in stage.events(AGGREGATOR, "round_completed")]
 
 
 def told(stage: TrainingStage) -> list[str]:
@@ -50,7 +37,7 @@ def test_the_training_goes_on_without_a_learner_that_loads_for_ever(
     stage.start_learner(0, stage.repo(), load_timeout_s=2.0)
     stuck = stage.start_learner(1, loading(stage, loop), load_timeout_s=2.0)
     training.result()
-    assert len(rounds_of(stage)) == 3
+    assert len(stage.rounds()) == 3
     assert any(f"{VICTIM} on node-1 is not waited for any longer" in message for message in told(stage))
     assert stuck.wait(15) != 0  # it ends by itself, also when no other thread of it can run
     if loop == IN_PYTHON:
@@ -81,7 +68,7 @@ def test_a_learner_that_loads_for_long_is_waited_for_while_rows_come(stage: Trai
     training = stage.train_in_thread(stage.aggregator_context(config, stage.repo()))
     stage.start_learner(0, loading(stage, slowly), of=1, load_timeout_s=2.0)
     training.result()
-    assert len(rounds_of(stage)) == 3
+    assert len(stage.rounds()) == 3
 
 
 def test_a_learner_that_is_killed_while_it_loads_is_noticed_and_may_return(stage: TrainingStage) -> None:
@@ -96,4 +83,4 @@ def test_a_learner_that_is_killed_while_it_loads_is_noticed_and_may_return(stage
     assert time.monotonic() - killed < 2.0
     stage.start_learner(1, stage.repo())
     training.result()
-    assert [len(record.participants) for record in rounds_of(stage)] == [2, 2, 2]
+    assert [len(record.participants) for record in stage.rounds()] == [2, 2, 2]

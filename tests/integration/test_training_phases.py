@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flops.core.project import Round
 from flops.errors import ErrorCode
 from flops.testing.training_stage import AGGREGATOR, PROJECT, TrainingStage
 
@@ -30,17 +28,6 @@ def _kill_while_sending(flag):
         time.sleep(0.001)
 
 """
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[TrainingStage]:
-    stage = TrainingStage(tmp_path)
-    yield stage
-    stage.close()
-
-
-def rounds_of(stage: TrainingStage) -> list[Round]:
-    return [Round.model_validate(e["record"]) for e in stage.events(AGGREGATOR, "round_completed")]
 
 
 def killed_while_evaluating(flag: Path) -> dict[str, str]:
@@ -76,7 +63,7 @@ def test_a_round_goes_on_without_a_learner_that_is_killed(stage: TrainingStage, 
     assert left["learner"] == VICTIM
     assert left["time_s"] - flag.stat().st_mtime < 2.0
     training.result()
-    record = rounds_of(stage)[-1]
+    record = stage.rounds()[-1]
     parts = {part.learner: part for part in record.participants}
     assert record.number == number
     assert record.duration_s < 50.0
@@ -94,7 +81,7 @@ def test_an_evaluation_waits_for_the_return_of_a_killed_learner(stage: TrainingS
     victim.wait(30)
     stage.start_learner(1, stage.repo())
     training.result()
-    second = rounds_of(stage)[1]
+    second = stage.rounds()[1]
     assert [part.learner for part in second.participants] == [CALM, VICTIM]
     assert all(part.rows == 40 and part.accuracy is not None for part in second.participants)
 
@@ -131,7 +118,7 @@ def test_a_late_answer_is_dropped_and_its_learner_takes_part_again(stage: Traini
     stage.start_learner(0, stage.repo("calm", changes=waits))
     stage.start_learner(1, stage.repo("late", changes=late))
     training.result()
-    rounds = rounds_of(stage)
+    rounds = stage.rounds()
     assert rounds[0].left_out == (VICTIM,)
     assert [part.learner for part in rounds[1].participants] == [CALM]
     for record in rounds[3:]:

@@ -25,16 +25,24 @@ class Deployment:
         home: an empty folder, kept by the caller.
         environ: environment of every process; the current one when None.
         address: where the control plane listens, and nodes dial it.
+        container_socket: of the engine that nodes use; None for what they find.
     """
 
     def __init__(
-        self, home: Path, environ: Mapping[str, str] | None = None, *, address: str = "127.0.0.1"
+        self,
+        home: Path,
+        environ: Mapping[str, str] | None = None,
+        *,
+        address: str = "127.0.0.1",
+        container_socket: Path | None = None,
     ) -> None:
         self.home = home
         self._bin = Path(sys.executable).parent
         base = dict(os.environ if environ is None else environ)  # noqa: TID251 (children inherit it)
         self._environ = {**base, "FLOPS_HOME": str(home), "PATH": f"{self._bin}:{base.get('PATH', '')}"}
         self._environ |= {"FLOPS_HOST": address, "FLOPS_CLUSTER_HOST": address}
+        if container_socket is not None:
+            self._environ["FLOPS_CONTAINER_SOCKET"] = str(container_socket)
         self._address = address
         self._ports = dict(zip(("manager", "cluster", "tracking"), free_ports(3), strict=True))
         self.nodes: list[str] = []
@@ -131,9 +139,11 @@ class Deployment:
 
 
 @contextmanager
-def deployed(home: Path, *, address: str = "127.0.0.1") -> Iterator[Deployment]:
+def deployed(
+    home: Path, *, address: str = "127.0.0.1", container_socket: Path | None = None
+) -> Iterator[Deployment]:
     """A deployment that is stopped at the end, whatever happens."""
-    deployment = Deployment(home, address=address)
+    deployment = Deployment(home, address=address, container_socket=container_socket)
     try:
         yield deployment
     finally:

@@ -16,17 +16,17 @@ FIT = "def fit_model(self) -> int:"
 
 
 @contextmanager
-def example_deployment(home: Path, *, in_containers: bool = False) -> Iterator[Deployment]:
+def example_deployment(home: Path, *, container_socket: Path | None = None) -> Iterator[Deployment]:
     """A control plane, two learner nodes with data, of which one builds, and the example's repository.
 
     Args:
         home: of the deployment.
-        in_containers: whether the nodes run services in containers of the engine that the environment names.
+        container_socket: of the engine in whose containers the nodes run services; None for processes.
     """
-    with deployed(home) as deployment:
+    with deployed(home, container_socket=container_socket) as deployment:
         deployment.up()
         for name, addons in (("node-1", ("FLOps-learner", "imageBuilder")), ("node-2", ("FLOps-learner",))):
-            if in_containers:
+            if container_socket is not None:
                 deployment.node(name, "config", "virtualization", "container", "on")
             deployment.start_node(name, *addons)
         deployment.wait_for_nodes(2)

@@ -19,6 +19,7 @@ from flops.adapters.flight_client import FlightDataClient
 from flops.adapters.memory_tracker import MemoryRun, MemoryTracker
 from flops.adapters.parquet_store import ParquetStore
 from flops.core.ids import ProjectId
+from flops.core.project import Round
 from flops.dataserver.catalogue import Catalogue
 from flops.dataserver.server import DataServer
 from flops.errors import FlopsError
@@ -224,6 +225,10 @@ class TrainingStage:
         lines = path.read_text().splitlines() if path.exists() else []
         found = [json.loads(line) for line in lines]
         return [event for event in found if kind is None or event["kind"] == kind]
+
+    def rounds(self) -> list[Round]:
+        """The rounds that the aggregator has told so far."""
+        return [Round.model_validate(e["record"]) for e in self.events(AGGREGATOR, "round_completed")]
 
     def await_event(
         self,
