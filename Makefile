@@ -44,7 +44,7 @@ test-fast: install ## unit, contract and property tests only
 chaos: install ## the long tests of faults: kills at every stage, a soak of 200 projects
 	$(BIN)/pytest -m chaos -s
 
-flavors: install ## train and serve a model of each big library: PyTorch, TensorFlow
+flavors: install ## train and serve a model of each big library: PyTorch, TensorFlow, XGBoost
 	$(BIN)/pytest -m flavors -s
 
 demo: install ## run the main job on real data; PACKAGING=image runs it in containers

@@ -145,7 +145,8 @@ def _try_placement(change: Change, event: PlacementDecided) -> None:
     node = event.nodes.get(event.placement.builder or "", "a node")
     change.set(placement=event.placement, services=(*change.project.services, builder))
     change.enter(Stage.BUILDING, f"Builds the {what} on {node}. This can take some minutes.")
-    change.note(f"The project can be placed. The {what} of it is built on {node}.", node=node)
+    are_built = "images are" if change.project.runs_images else "environment is"
+    change.note(f"The project can be placed. Its {are_built} built on {node}.", node=node)
     change.request(EffectKind.START_BUILDER)
 
 
