@@ -11,6 +11,7 @@ import platform
 import shutil
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     fetch = HttpBlobClient(blobs_url, tls).fetch
     bundles = BundleStore(paths.bundles, fetch)
     access = _data_access(paths.data_server, site.host)
-    bring_image = _image_source(paths, conf) if conf.prefers_containers else None
+    bring_image = _image_source(paths, conf.cluster, tls) if conf.prefers_containers else None
     preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image)
     supervisor = Supervisor(paths.services, preparer, services)
     view = NodeView(
@@ -234,18 +235,15 @@ def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[Runtime, R
     )
 
 
-def _image_source(paths: NodePaths, conf: NodeConfiguration) -> Callable[[str, Report], str]:
+def _image_source(paths: NodePaths, cluster: str, tls: ssl.SSLContext | None) -> Callable[[str, Report], str]:
     """Brings images from the cluster's registry, and others, to the container engine."""
     blobs = FileBlobs(paths.images, is_oci_layout=True)
     images = NodeImages(
-        open_registry(
-            frozenset() if conf.is_cluster_tls else frozenset({conf.cluster}),
-            client_tls(*conf.client_certificate) if conf.is_cluster_tls else None,
-        ),
+        open_registry(frozenset({cluster} if tls is None else ()), tls),
         blobs,
         ImageLayout(paths.images, blobs),
         EngineImages(ContainerEngine(container_socket()), blobs).load,
-        cluster=conf.cluster,
+        cluster=cluster,
         platform=Platform.of(platform.machine()),
     )
     return images.bring
