@@ -161,7 +161,7 @@ class Project(Value):
     failure: Failure | None = None
     is_deletion_requested: bool = False
     lost_services: tuple[ServiceId, ...] = ()  # of `services`, those whose node is gone right now
-    service_failures: dict[str, Failure] = Field(default_factory=dict)  # the last one of each service
+    service_failures: dict[str, Failure] = Field(default_factory=dict)  # the last ones; forgotten by a join
     failed_learners: tuple[ServiceId, ...] = ()  # that will not come back by themselves
     learner_generation: int = 0  # grows when learners are started anew for another aggregator address
     history_length: int = 0  # `seq` of the last line of the history

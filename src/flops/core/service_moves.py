@@ -28,6 +28,8 @@ _PERMANENT_FOR_LEARNERS = {
     ErrorCode.NO_MATCHING_DATA,
     ErrorCode.REPO_CONTRACT_BROKEN,
 }
+# Failures of a round that the ends of its learners explain.
+_FOR_WANT_OF_LEARNERS = {ErrorCode.TOO_FEW_LEARNERS, ErrorCode.ROUND_FAILED}
 
 
 def service_id(kind: str, project: Project) -> ServiceId:
@@ -74,7 +76,7 @@ def told(change: Change, event: ServiceTold) -> None:
     _remember(change, event.service_id, failure)
     kind = _kind(event.service_id)
     if kind == _DECISIVE.get(change.project.stage) and failure.code not in _TRANSIENT:
-        fail(change, failure)
+        fail(change, _with_ends_of_learners(failure, change.project))
         return
     change.note(
         f"The {_name(event.service_id)} on {event.node} reports a failure: {failure.message}",
@@ -146,6 +148,8 @@ def _returned(change: Change, event: ServiceChanged) -> None:
 
 def _restarting(change: Change, event: ServiceChanged) -> None:
     what = f"The {_name(event.service_id)} on {event.node}"
+    if event.failure is not None:
+        _remember(change, event.service_id, _located(event.failure, event.service_id, event.node))
     change.note(
         f"{what} ended unexpectedly{_exit(event)} and is started again. {event.detail}".strip(),
         kind="service_restarting",
@@ -233,6 +237,19 @@ def _show(change: Change, service: ServiceId, node: str, message: str) -> None:
 
 def _remember(change: Change, service: ServiceId, failure: Failure) -> None:
     change.set(service_failures={**change.project.service_failures, service: failure})
+
+
+def _with_ends_of_learners(failure: Failure, project: Project) -> Failure:
+    """A failure for want of learners, with why they ended; the aggregator saw connections end only."""
+    if failure.code not in _FOR_WANT_OF_LEARNERS:
+        return failure
+    ends = {learner: project.service_failures.get(learner) for learner in learner_ids(project)}
+    told = [
+        f"{learner}: {end.message}"
+        for learner, end in ends.items()
+        if end is not None and end.message.rstrip(".") not in failure.message
+    ]
+    return failure.model_copy(update={"message": " ".join([failure.message, *told])})
 
 
 def _located(failure: Failure, service: ServiceId, node: str) -> Failure:

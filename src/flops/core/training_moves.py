@@ -85,6 +85,7 @@ def learner_joined(change: Change, event: LearnerJoined) -> None:
     change.set(
         training=project.training.model_copy(update={"learners": learners}),
         failed_learners=tuple(s for s in project.failed_learners if s != event.learner),
+        service_failures={s: f for s, f in project.service_failures.items() if s != event.learner},
     )
     if project.training.round_now == 0:
         change.set(doing=_waiting(change, learners))

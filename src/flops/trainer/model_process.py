@@ -124,14 +124,13 @@ class ModelProcess:
         with contextlib.suppress(ValueError, AttributeError):
             return FlopsError.from_dict(json.loads(errors.rstrip().rpartition("\n")[2]))
         status = self._process.returncode
-        code = ErrorCode.OUT_OF_MEMORY if status == _KILLED else self._code
         reason = (
-            "was killed twice, which is mostly for want of memory"
+            "was killed twice from outside, by the operating system for want of memory, or by someone"
             if status == _KILLED
             else f"ended with {status}"
         )
         error = FlopsError(
-            code,
+            self._code,
             f"The process that {self._doing} {reason}.",
             details={"exit_code": status, "traceback": errors[-_TAIL_CHARACTERS:]},
         )

@@ -385,6 +385,20 @@ def test_a_learner_that_crashes_and_returns_is_counted_in_again() -> None:
     assert training.project.failed_learners == ()
 
 
+@pytest.mark.parametrize("has_returned", [False, True])
+def test_a_round_that_fails_for_want_of_learners_tells_why_they_ended(has_returned: bool) -> None:
+    training = at(Stage.TRAINING, min_fit_clients=2).happen(life.RoundStarted(round=1, rounds=3))
+    memory = Failure(code="out_of_memory", message="learner-p1-1 needed more memory than it may use.")
+    training.happen(changed("learner-p1-1", ServiceState.RESTARTING, failure=memory))
+    if has_returned:
+        training.happen(life.LearnerLeft(learner="learner-p1-1", node="alpha", reason="its connection ended"))
+        training.happen(life.LearnerJoined(learner="learner-p1-1", node="alpha", rows=1))
+    failure = Failure(code="too_few_learners", message="Round 1: 0 of 1 (learner-p1-1: it left).")
+    failed = training.happen(told("aggregator-p1", failure)).project.failure
+    assert failed is not None
+    assert ("needed more memory" in failed.message) is not has_returned
+
+
 def test_learners_that_fail_after_the_last_round_change_nothing() -> None:
     done = at(Stage.TRAINING).happen(completed(1), completed(2), completed(3))
     done.happen(changed("learner-p1-1", ServiceState.FAILED), changed("learner-p1-2", ServiceState.FAILED))

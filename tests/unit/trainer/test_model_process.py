@@ -49,7 +49,7 @@ def test_the_childs_own_error_is_told(capfd: pytest.CaptureFixture[str]) -> None
     ("program", "code", "message"),
     [
         ("raise KeyError('x')", ErrorCode.MODEL_EXPORT_FAILED, "that does it ended with"),
-        ("import os; os.kill(os.getpid(), 9)", ErrorCode.OUT_OF_MEMORY, "was killed twice"),
+        ("import os; os.kill(os.getpid(), 9)", ErrorCode.MODEL_EXPORT_FAILED, "was killed twice"),
         ("import sys; sys.stderr.write('[1]\\n'); sys.exit(3)", ErrorCode.MODEL_EXPORT_FAILED, "ended with"),
     ],
 )
