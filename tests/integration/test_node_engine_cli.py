@@ -316,6 +316,46 @@ def test_configuration_is_kept(operator: Operator, tmp_path: Path, monkeypatch: 
     assert operator.conf["addons"] is None
 
 
+def tools_folder(folder: Path, *names: str) -> str:
+    """A folder with links to programs, to be the whole PATH."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to("/bin/true")
+    return str(folder)
+
+
+def test_what_cannot_be_built_is_said_when_the_builder_is_switched_on(
+    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOPS_CONTAINER_SOCKET", str(tmp_path / "no.sock"))
+    monkeypatch.setenv("PATH", tools_folder(tmp_path / "git only", "git"))
+    switched = operator.configure("config", "addon", "imageBuilder", "on")
+    assert switched.stdout == "Configured Addons:\n     - image-builder: 🟢 Active\n"
+    for platform in ("amd64", "arm64"):
+        assert f"Images for linux/{platform} are made here" in switched.stderr
+        assert f"Images for linux/{platform} are not run here" in switched.stderr
+    assert "base image from a registry (missing: mmdebstrap" in switched.stderr
+    assert ", without emulation, " in switched.stderr
+    monkeypatch.setenv("PATH", tools_folder(tmp_path / "nothing"))
+    assert (
+        "git cannot be found on PATH." in operator.configure("config", "addon", "imageBuilder", "on").stderr
+    )
+    assert operator.configure("config", "addon", "imageBuilder", "off").stderr == ""
+
+
+def test_the_status_shows_what_is_built_for_which_platform(
+    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "PATH", tools_folder(tmp_path / "git only", "git"))
+    operator.type("config", "addon", "imageBuilder", "on")
+    operator.start(port)
+    until(lambda: [addon["state"] for addon in operator.state()["node"]["addons"]] == ["healthy"])
+    lines = operator.type("status").stdout.splitlines()
+    assert "     - image-builder: 🟢 healthy" in lines
+    assert any("⚪ Images for linux/arm64 are made here" in line for line in lines)
+    assert "base image from a registry" in operator.state()["node"]["addons"][0]["detail"]
+
+
 def test_a_corrupt_configuration_is_told_everywhere_and_mended_by_default(operator: Operator) -> None:
     operator.home.mkdir()
     file = operator.home / "conf.json"

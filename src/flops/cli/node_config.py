@@ -234,16 +234,29 @@ def configure_addon(
     switch: Annotated[str | None, typer.Argument(help="on or off", metavar="[on/off]")] = None,
 ) -> None:
     """Show the addons, or switch one on or off."""
+    from flops.core.cluster import IMAGE_BUILDER_ADDON
     from flops.node.configuration import find_addon, parse_switch
 
     paths = paths_of(context)
-    if name is not None:
-        addon = find_addon(name)
-        if switch is None:
-            raise FlopsError(ErrorCode.USAGE, f"{name} needs exactly one parameter: [on/off]")
-        is_on = parse_switch(switch, addon)
-        change_configuration(paths, lambda conf: conf.with_addon(addon, is_on=is_on))
+    if name is None:
+        _show_addons(paths)
+        return
+    addon = find_addon(name)
+    if switch is None:
+        raise FlopsError(ErrorCode.USAGE, f"{name} needs exactly one parameter: [on/off]")
+    is_on = parse_switch(switch, addon)
+    change_configuration(paths, lambda conf: conf.with_addon(addon, is_on=is_on))
     _show_addons(paths)
+    if addon == IMAGE_BUILDER_ADDON and is_on:
+        _say_what_can_be_built()
+
+
+def _say_what_can_be_built() -> None:
+    from flops.core.build_tools import build_findings
+    from flops.wiring.node_files import node_build_tools
+
+    for finding in build_findings(node_build_tools()):
+        say(f"{finding.what} {finding.advice}".rstrip())
 
 
 def _show_addons(paths: NodePaths) -> None:

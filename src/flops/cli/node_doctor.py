@@ -15,6 +15,7 @@ from flops.adapters.system_clock import SystemClock
 from flops.cli.examination import HERE, WAIT_S, Check, examine_disk, is_answering, skew_against
 from flops.cli.node_config import load_configuration
 from flops.cli.node_process import running_report
+from flops.core.build_tools import build_findings
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON
 from flops.core.health import (
     REPORT_STALE_AFTER_S,
@@ -32,7 +33,7 @@ from flops.core.health import (
 )
 from flops.node.home import running_pid
 from flops.wire.flight import ENDPOINT_FILE
-from flops.wiring.node_files import node_engine_findings
+from flops.wiring.node_files import node_build_tools, node_engine_findings
 
 if TYPE_CHECKING:
     from flops.node.configuration import NodeConfiguration
@@ -138,7 +139,10 @@ def _examine_data_server(paths: NodePaths) -> Iterator[Finding]:
 def _examine_tools(paths: NodePaths) -> Iterator[Finding]:
     from flops.cli.doctor_machine import examine_tools
 
-    yield from examine_tools(IMAGE_BUILDER_ADDON in load_configuration(paths).active_addons)
+    is_builder = IMAGE_BUILDER_ADDON in load_configuration(paths).active_addons
+    yield from examine_tools(is_builder)
+    if is_builder:
+        yield from build_findings(node_build_tools())
 
 
 def _examine_containers(paths: NodePaths) -> Iterator[Finding]:

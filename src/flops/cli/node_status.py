@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flops.cli.findings import SYMBOLS, health_line
 from flops.cli.output import print_facts, print_line
+from flops.core.cluster import IMAGE_BUILDER_ADDON, AddonState
 
 if TYPE_CHECKING:
     from flops.core.health import Health
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from flops.node.paths import NodePaths
     from flops.node.report import NodeReport
 
+_BUILT = {"ok": "🟢", "info": "⚪", "problem": "🔴"}
 _SYMBOLS = {"healthy": "🟢", "starting": "🟡", "unhealthy": "🔴"}
 
 
@@ -102,10 +104,21 @@ def _show_addons(conf: NodeConfiguration, report: NodeReport) -> None:
     off = [name for name, is_on in conf.addons.items() if not is_on and name not in report.active_addons]
     print_line("Addons:" if report.addons or off else "Addons: none")
     for addon in report.addons:
-        detail = f" ({addon.detail})" if addon.detail else ""
+        can_build = addon.name == IMAGE_BUILDER_ADDON and addon.state is AddonState.HEALTHY
+        detail = f" ({addon.detail})" if addon.detail and not can_build else ""
         print_line(f"     - {addon.name}: {_SYMBOLS[addon.state.value]} {addon.state.value}{detail}")
+        if can_build:
+            _show_what_can_be_built()
     for name in off:
         print_line(f"     - {name}: off")
+
+
+def _show_what_can_be_built() -> None:
+    from flops.core.build_tools import build_findings
+    from flops.wiring.node_files import node_build_tools
+
+    for finding in build_findings(node_build_tools()):
+        print_line(f"          {_BUILT[finding.severity.value]} {finding.what}")
 
 
 def _show_services(report: NodeReport) -> None:

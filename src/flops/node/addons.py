@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flops.core.build_tools import BuildTools, build_findings, missing_sentence
 from flops.core.cluster import IMAGE_BUILDER_ADDON, Addon, AddonState, DataTag, Resources, ServiceState
 from flops.core.ids import ServiceId
 from flops.durable_file import write_durably
@@ -54,18 +55,18 @@ class ImageBuilder:
     """The addon image-builder: nothing runs, but the tools must be there.
 
     Args:
-        missing_tools: names of the tools that cannot be found.
+        find_tools: looks what is there for building.
     """
 
-    def __init__(self, missing_tools: Callable[[], Sequence[str]]) -> None:
-        self._missing_tools = missing_tools
+    def __init__(self, find_tools: Callable[[], BuildTools]) -> None:
+        self._find_tools = find_tools
         self._state = Addon(name=IMAGE_BUILDER_ADDON, state=AddonState.STARTING)
 
     def check(self) -> float:
-        """Look for the tools."""
-        missing = self._missing_tools()
-        state = AddonState.UNHEALTHY if missing else AddonState.HEALTHY
-        detail = f"{' and '.join(missing)} cannot be found on PATH." if missing else ""
+        """Look for the tools. Healthy is what can build something; the detail says what it cannot."""
+        tools = self._find_tools()
+        state = AddonState.UNHEALTHY if tools.missing else AddonState.HEALTHY
+        detail = missing_sentence(build_findings(tools))
         self._state = Addon(name=IMAGE_BUILDER_ADDON, state=state, detail=detail)
         return 10.0
 

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import signal
 import socket
 import ssl
@@ -65,7 +64,7 @@ from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
 from flops.wiring.data import open_data_catalog
-from flops.wiring.node_files import container_socket, node_conf_file, node_paths
+from flops.wiring.node_files import container_socket, node_build_tools, node_conf_file, node_paths
 from flops.wiring.registries import open_registry
 from flops.wiring.services import open_environments
 
@@ -292,17 +291,8 @@ def _build_addons(
         for leftover in runtime.running():
             runtime.stop(leftover)
     if IMAGE_BUILDER_ADDON in conf.active_addons:
-        addons.append(ImageBuilder(_missing_tools))
+        addons.append(ImageBuilder(node_build_tools))
     return Addons(addons)
-
-
-def _missing_tools() -> list[str]:
-    missing = [] if shutil.which("git") else ["git"]
-    try:
-        uv.find_uv_bin()
-    except FileNotFoundError:
-        missing.append("uv")
-    return missing
 
 
 def _data_access(folder: Path, address: str) -> Callable[[ServiceSpec], tuple[str, str]]:

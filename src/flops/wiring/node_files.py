@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flops.adapters.conf_file import ConfFile
+    from flops.core.build_tools import BuildTools
     from flops.core.health import Finding
     from flops.node.paths import NodePaths
 
@@ -52,6 +53,13 @@ def node_engine_findings(*, is_preferred: bool) -> list[Finding]:
     from flops.adapters.containers.detection import engine_findings
 
     return list(engine_findings(container_socket(), is_preferred=is_preferred))
+
+
+def node_build_tools() -> BuildTools:
+    """What this machine has for building."""
+    from flops.adapters.images.build_tools import find_build_tools
+
+    return find_build_tools(container_socket())
 
 
 def end_node_leftovers(paths: NodePaths) -> int:

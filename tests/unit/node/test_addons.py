@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flops.core.build_tools import BuildTools
 from flops.core.cluster import (
     Addon,
     AddonState,
@@ -21,8 +22,12 @@ from flops.core.cluster import (
     ServiceUsage,
 )
 from flops.core.ids import ServiceId
+from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuilder
+
+EQUIPPED = BuildTools(platform=Platform.AMD64, python="3.11", base_python="3.11")
+BARE = EQUIPPED.model_copy(update={"missing_for_base": ("mmdebstrap",)})
 
 
 class PlayedServer:
@@ -206,20 +211,23 @@ def test_a_server_that_cannot_be_started_is_unhealthy_and_tried_again(server: Pl
 
 
 def test_tools_of_the_image_builder() -> None:
-    missing = ["git"]
-    addon = ImageBuilder(lambda: missing)
+    found = [BARE.model_copy(update={"missing": ("git",)}), BARE, EQUIPPED]
+    addon = ImageBuilder(lambda: found.pop(0))
     assert addon.state().state is AddonState.STARTING
     addon.check()
+    assert addon.state().state is AddonState.UNHEALTHY
     assert addon.state().detail == "git cannot be found on PATH."
-    missing.clear()
     addon.check()
     assert addon.state().state is AddonState.HEALTHY
+    assert "Images for linux/arm64 are made here, without emulation, but only on" in addon.state().detail
+    addon.check()
+    assert (addon.state().state, addon.state().detail) == (AddonState.HEALTHY, "")
 
 
 def test_a_defect_of_an_addon_stays_with_it() -> None:
     checks = []
 
-    def fail() -> list[str]:
+    def fail() -> BuildTools:
         checks.append(1)
         raise RuntimeError("defect")
 

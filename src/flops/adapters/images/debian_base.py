@@ -1,7 +1,8 @@
 """A base image made from Debian's packages: unpacked by mmdebstrap, none of their code is run.
 
-That takes seconds, no registry, and no emulation for other platforms. It has Python, the libraries that
-wheels count on (libstdc++, libgomp), CA certificates and a shell.
+That takes seconds, no registry, and no emulation for other platforms: mmdebstrap's variant ``extract``
+configures nothing. It has Python, the libraries that wheels count on (libstdc++, libgomp), CA certificates
+and a shell.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _PACKAGES = (
     "dash",
     "tzdata",
 )
+_SUITE = "bookworm"
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")  # Ubuntu does not install it by itself
 _PYTHON_OF = {"bookworm": "3.11", "trixie": "3.13"}
 _LEFT_OUT = (
     "usr/share/man",
@@ -83,7 +86,7 @@ class DebianBase:
         *,
         uv: Path,
         environ: Mapping[str, str],
-        suite: str = "bookworm",
+        suite: str = _SUITE,
         mirror: str = "",
         mmdebstrap: str = "mmdebstrap",
     ) -> None:
@@ -95,9 +98,20 @@ class DebianBase:
         self._program = mmdebstrap
 
     @staticmethod
+    def missing() -> tuple[str, ...]:
+        """Debian packages that this machine needs for it, and has not; the same for all platforms."""
+        found = {"mmdebstrap": shutil.which("mmdebstrap"), "debian-archive-keyring": _KEYRING.exists()}
+        return tuple(name for name, is_there in found.items() if not is_there)
+
+    @staticmethod
+    def python() -> str:
+        """The ``major.minor`` of the Python in bases of the suite that is used unless another is named."""
+        return _PYTHON_OF[_SUITE]
+
+    @staticmethod
     def is_possible() -> bool:
-        """Whether this machine has mmdebstrap."""
-        return shutil.which("mmdebstrap") is not None
+        """Whether this machine has all that is needed."""
+        return not DebianBase.missing()
 
     def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
         """The base for a platform.
