@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,8 @@ import mlflow
 import uv
 
 from flops.adapters.actor_kit import kit_files
+from flops.adapters.containers.engine import ContainerEngine
+from flops.adapters.containers.images import EngineImages
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.assembler import OciAssembler
 from flops.adapters.images.debian_base import DebianBase
@@ -27,11 +30,12 @@ from flops.adapters.images.layout import ImageLayout
 from flops.adapters.registry_client.client import OciRegistry
 from flops.adapters.uv_environments import UvEnvironments
 from flops.core.image_reference import ImageReference
-from flops.core.images import Descriptor, ImageRun
+from flops.core.images import Descriptor, ImageRun, Index, read_manifest
 from flops.core.platforms import Platform
 from flops.image_ports import ImageRecipe
 from flops.settings import inherited_environment
 from flops.testing.images import own_registry
+from flops.testing.podman import missing_for_podman, running_podman
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1_000_000
@@ -90,6 +94,20 @@ class Bench:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def measure_hand_over(self, *images: Descriptor) -> None:
+        """Print how long a container engine takes to take in images, one after the other."""
+        if missing := missing_for_podman():
+            print(f"hand-over to the container engine: skipped, it {missing}")
+            return
+        with running_podman() as podman:
+            engine = EngineImages(ContainerEngine(podman.socket), self.blobs)
+            reference = ImageReference(host="127.0.0.1:5000", name="flops/learner")
+            for image, what in zip(images, ("first", "after a change of code"), strict=True):
+                index = read_manifest(self.blobs.get(image.digest), image.media_type)
+                assert isinstance(index, Index)
+                found = index.manifests[0]
+                measure(f"hand-over to the engine, {what}", partial(engine.load, reference, found))
+
 
 def main(example: Path) -> None:
     """Print the table."""
@@ -120,6 +138,7 @@ def main(example: Path) -> None:
             _, pull_s = measure(
                 "pull from the embedded registry", lambda: registry.pull(reference, pulled, lambda _: None)
             )
+        bench.measure_hand_over(image, changed)
         print(f"\nsize of the image, compressed, linux/amd64 {bench.size(image) / MB:14.1f} MB")
         print(f"sent by the first push                     {sent / MB:14.1f} MB")
         print(f"sent after a change of code                {sent_again / MB:14.3f} MB")

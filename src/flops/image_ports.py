@@ -27,6 +27,10 @@ class ImageBlobs(BlobStreams, Protocol):
         """
         ...
 
+    def is_intact(self, digest: Digest) -> bool:
+        """Whether the bytes are here, and are those that `digest` names; costs little when asked again."""
+        ...
+
     def digests(self) -> list[Digest]:
         """Every blob there is."""
         ...

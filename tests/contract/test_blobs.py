@@ -63,6 +63,34 @@ def test_damage_is_found_named_and_healed(tmp_path: Path, damage: bytes) -> None
     assert blobs.get(digest) == b"data"
 
 
+@pytest.mark.parametrize("damage", [b"", b"dada"], ids=["emptied", "changed"])
+def test_a_file_that_was_written_to_is_not_intact(tmp_path: Path, damage: bytes) -> None:
+    blobs = FileBlobs(tmp_path)
+    digest = blobs.put(b"data")
+    (path,) = _files(tmp_path)
+    os.utime(path, (100, 100))  # copied by somebody, say
+    assert blobs.is_intact(digest)
+    path.write_bytes(damage)
+    assert not blobs.is_intact(digest)
+    blobs.put(b"data")
+    assert blobs.is_intact(digest)
+
+
+def test_an_intact_file_is_read_once_and_damage_without_a_trace_is_known_from_the_next_read_on(
+    tmp_path: Path,
+) -> None:
+    blobs = FileBlobs(tmp_path)
+    digest = blobs.put(b"data")
+    (path,) = _files(tmp_path)
+    written_ns = path.stat().st_mtime_ns
+    path.write_bytes(b"dada")
+    os.utime(path, ns=(written_ns, written_ns))  # as a disk does it that lost bytes
+    assert blobs.is_intact(digest)
+    with pytest.raises(FlopsError):
+        next(blobs.chunks(digest))
+    assert not blobs.is_intact(digest)
+
+
 def test_nothing_else_is_left_behind(tmp_path: Path) -> None:
     blobs = FileBlobs(tmp_path)
     blobs.put(b"data")

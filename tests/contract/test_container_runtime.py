@@ -56,6 +56,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("node")
 
 
+class CountingEngine(ContainerEngine):
+    """Knows how many bytes each archive had that was handed over; loses an image before it takes one in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.sent: list[int] = []
+        self.removed_next = ""
+
+    def load(self, archive: Iterator[bytes]) -> None:
+        pieces = list(archive)
+        if self.removed_next:
+            self.remove_image(self.removed_next)
+            self.removed_next = ""
+        self.sent.append(sum(map(len, pieces)))
+        super().load(iter(pieces))
+
+
 def make_runtime(folder: Path, engine: ContainerEngine) -> ContainerRuntime:
     return ContainerRuntime(folder / "runtime", folder / "output", engine)
 
@@ -334,6 +351,35 @@ class TestImages:
         assert any_engine.image(str(reference)) is None
         file.write_bytes(whole)
         assert images.remove(images.load(reference, image))
+
+    def test_layers_that_the_engine_has_are_not_sent_again(
+        self, any_engine: ContainerEngine, tmp_path: Path
+    ) -> None:
+        blobs = FileBlobs(tmp_path / "blobs")
+        engine = CountingEngine(any_engine.socket)
+        images = EngineImages(engine, blobs)
+        one, two = (make_image(blobs, "system", "packages", code, size=100_000) for code in ("one", "two"))
+        names = [
+            images.load(parse_reference(f"localhost:5000/flops/{name}:1"), image)
+            for name, image in (("one", one), ("two", two), ("two", two))
+        ]
+        first, second = engine.sent
+        assert first > 300_000
+        assert second < 120_000
+        assert all(images.remove(name) for name in set(names))
+
+    def test_layers_that_the_engine_has_lost_meanwhile_are_sent(
+        self, any_engine: ContainerEngine, tmp_path: Path
+    ) -> None:
+        blobs = FileBlobs(tmp_path / "blobs")
+        engine = CountingEngine(any_engine.socket)
+        images = EngineImages(engine, blobs)
+        one, two = (make_image(blobs, "system", code, size=100_000) for code in ("one", "two"))
+        engine.removed_next = images.load(parse_reference("localhost:5000/flops/one:1"), one)
+        name = images.load(parse_reference("localhost:5000/flops/two:1"), two)
+        _, partial, whole = engine.sent
+        assert partial < 120_000 < 200_000 < whole
+        assert images.remove(name)
 
     def test_an_index_is_no_image(self, any_engine: ContainerEngine, tmp_path: Path) -> None:
         blobs = FileBlobs(tmp_path / "blobs")

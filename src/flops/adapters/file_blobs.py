@@ -3,8 +3,9 @@
 A blob is written to ``<folder>/incoming``, fsynced, and renamed; it is whole or it is not there. Every read
 is verified. Several threads and processes may use one folder.
 
-A blob's file is stamped with the time of its last use: it was stored again, asked for, or read. Who uses one
-holds ``incoming`` locked with others, who removes what is not used holds it alone.
+The time of access of a blob's file is that of its last use: it was stored again, asked for, or read. Who uses
+one holds ``incoming`` locked with others, who removes what is not used holds it alone. An extended attribute
+says in which state a file was read and found intact; on disks that keep none, it is read every time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +28,7 @@ from flops.errors import ErrorCode, FlopsError
 
 _CHUNK_BYTES = 1_048_576
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_INTACT = "user.flops.intact"  # an attribute: size and time of change when the bytes had their digest
 
 
 class FileBlobs:
@@ -69,6 +72,7 @@ class FileBlobs:
         with _translated(path):
             data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
+            _doubt(path)
             raise _damaged(path)
         return data
 
@@ -106,6 +110,7 @@ class FileBlobs:
         path = self._existing(digest)
         with _translated(path), path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                _doubt(path)
                 raise _damaged(path)
             file.seek(0)
             while chunk := file.read(_CHUNK_BYTES):
@@ -122,6 +127,28 @@ class FileBlobs:
             file.seek(start)
             while chunk := file.read(min(_CHUNK_BYTES, stop - file.tell())):
                 yield chunk
+
+    def is_intact(self, digest: Digest) -> bool:
+        """Whether the bytes are stored, and have their digest.
+
+        A file that was found intact, and not written to since then, is not read again. Whoever reads it for
+        good finds out about a disk that lost bytes by itself; from then on it is not intact here, either.
+        """
+        if not self.has(digest):
+            return False
+        path = self._path_of(digest)
+        with _translated(path):
+            try:
+                with path.open("rb") as file:
+                    state = _state_of(file.fileno())
+                    if _noted_state(path) == state:
+                        return True
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        return False
+                    _note_intact(file.fileno(), state)
+            except FileNotFoundError:
+                return False
+        return True
 
     def digests(self) -> list[Digest]:
         """Every blob there is, sorted."""
@@ -145,7 +172,7 @@ class FileBlobs:
             try:
                 with _locked(self._incoming, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     found = path.stat()
-                    if found.st_mtime >= since_s:
+                    if found.st_atime >= since_s:
                         return 0
                     path.unlink()
             except (BlockingIOError, FileNotFoundError):
@@ -204,6 +231,7 @@ class FileUpload:
             if is_there and _is_intact(final, expected):
                 return
             self._file.flush()
+            _note_intact(self._file.fileno(), _state_of(self._file.fileno()))
             os.fsync(self._file.fileno())
             final.parent.mkdir(exist_ok=True)
             self._path.chmod(0o600)
@@ -229,12 +257,34 @@ def _is_intact(path: Path, digest: Digest) -> bool:
 def _mark_used(path: Path) -> bool:
     """Whether the file is there; if so, it counts as used now."""
     try:
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except PermissionError:
         return path.is_file()
     except OSError:
         return False
     return True
+
+
+def _state_of(descriptor: int) -> bytes:
+    found = os.fstat(descriptor)
+    return f"{found.st_size} {found.st_mtime_ns}".encode()
+
+
+def _noted_state(path: Path) -> bytes:
+    try:
+        return os.getxattr(path, _INTACT)
+    except OSError:
+        return b""
+
+
+def _note_intact(descriptor: int, state: bytes) -> None:
+    with contextlib.suppress(OSError):  # the disk keeps no attributes, or the file is another user's
+        os.setxattr(descriptor, _INTACT, state)
+
+
+def _doubt(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.removexattr(path, _INTACT)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,10 @@ class MemoryBlobs:
         if part := self.get(digest)[start:stop]:
             yield part
 
+    def is_intact(self, digest: Digest) -> bool:
+        """Whether the bytes are stored."""
+        return digest in self._blobs
+
     def digests(self) -> list[Digest]:
         """Every blob there is, sorted."""
         return sorted(self._blobs)

@@ -25,6 +25,7 @@ from flops.core.images import (
     INDEX,
     LAYER_GZIP,
     MANIFEST,
+    PYTHON_LABEL,
     BaseImage,
     Descriptor,
     ImageRun,
@@ -64,7 +65,9 @@ def make_image(
 ) -> Descriptor:
     """An image of layers by their names; returns its manifest's descriptor."""
     layers = [make_layer(blobs, name, size) for name in names]
-    config = config_bytes(Platform(platform), layers, ImageRun(labels={"names": " ".join(names)}))
+    config = config_bytes(
+        Platform(platform), layers, ImageRun(labels={PYTHON_LABEL: "3", "names": " ".join(names)})
+    )
     described = Descriptor(media_type=CONFIG, digest=blobs.put(config), size=len(config))
     data = manifest_bytes(described, [layer.blob for layer in layers])
     return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=platform)

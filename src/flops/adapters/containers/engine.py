@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -164,6 +164,12 @@ class ContainerEngine:
             if exc.status == HTTPStatus.NOT_FOUND:
                 return None
             raise
+
+    def images(self, label: str) -> Sequence[str]:
+        """Ids of all images with a label, whatever its value."""
+        params = {"filters": json.dumps({"label": [label]})}
+        found = self._json("GET", "/images/json", params=params)
+        return [str(entry["Id"]) for entry in found or () if isinstance(entry, dict) and entry.get("Id")]
 
     def import_root(self, reference: str, archive: bytes) -> None:
         """Make an image of one layer from a tar archive."""

@@ -1,24 +1,28 @@
 """Images for the engine of this machine, handed over from the node's own blobs.
 
 The node brings images here itself, by `flops.image_ports.Registry`: credentials, certificates and broken
-connections are dealt with in one place, and no engine has to be told which registries speak plain HTTP.
+connections are dealt with in one place, and no engine has to be told which registries speak plain HTTP. What
+is handed over is an archive as ``docker save`` writes it, without the layers that the engine has already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from itertools import takewhile
 
 from flops.adapters.containers.engine import ContainerEngine, EngineRefusedError
 from flops.core.ids import Digest
 from flops.core.image_reference import DEFAULT_TAG, ImageReference
-from flops.core.images import Descriptor, Manifest, read_manifest
+from flops.core.images import PYTHON_LABEL, Descriptor, Manifest, index_bytes, read_config, read_manifest
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageBlobs
 
 _NO_SPACE = "no space left"  # engines tell it in words only
+_LOOKED_AT = 20  # images of ours in the engine, to find layers that need no sending
+_NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")  # annotations; of Docker, Podman
 
 
 class EngineImages:
@@ -49,10 +53,11 @@ class EngineImages:
                 ErrorCode.IMAGE_DAMAGED, f"{reference} is an index of images, where one image is needed."
             )
         name = f"{reference.host}/{reference.name}:{reference.tag or image.digest[:12] or DEFAULT_TAG}"
+        layers = [f"sha256:{digest}" for digest in read_config(self._blobs.get(manifest.config.digest))[0]]
         try:
-            if not self._has(name, manifest):
-                self._engine.load(_archive(name, manifest, self._blobs))
-            if not self._has(name, manifest):
+            if self._layers_of(name) != layers:
+                self._hand_over(name, image, manifest, layers)
+            if self._layers_of(name) != layers:
                 raise FlopsError(
                     ErrorCode.IMAGE_DAMAGED, f"{name} was taken in by the engine, but is another image there."
                 )
@@ -72,41 +77,63 @@ class EngineImages:
             return False
         return True
 
-    def _has(self, name: str, manifest: Manifest) -> bool:
-        found = self._engine.image(name) or {}
+    def _hand_over(self, name: str, image: Descriptor, manifest: Manifest, layers: list[str]) -> None:
+        if known := self._count_known(layers):
+            # Refused when one is gone meanwhile: another may remove images, too.
+            with contextlib.suppress(EngineRefusedError):
+                self._engine.load(_archive(name, image, manifest, self._blobs, left_out=known))
+            if self._layers_of(name) == layers:
+                return
+        self._engine.load(_archive(name, image, manifest, self._blobs))
+
+    def _count_known(self, layers: list[str]) -> int:
+        """How many layers, from the first one on, an image of ours in the engine has, too."""
+        known = 0
+        for name in self._engine.images(PYTHON_LABEL)[:_LOOKED_AT]:
+            pairs = zip(layers, self._layers_of(name) or (), strict=False)
+            known = max(known, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            if known >= len(layers) - 1:
+                break
+        return known
+
+    def _layers_of(self, name: str) -> list[str] | None:
         # What stays the same in every engine's store is what the layers unpack to.
-        layers = (found.get("RootFS") or {}).get("Layers")
-        return layers is not None and layers == _diff_ids(manifest, self._blobs)
+        return ((self._engine.image(name) or {}).get("RootFS") or {}).get("Layers")
 
 
-def _diff_ids(manifest: Manifest, blobs: ImageBlobs) -> list[str]:
-    config: dict[str, Any] = json.loads(blobs.get(manifest.config.digest))
-    return [str(digest) for digest in config["rootfs"]["diff_ids"]]
+def _archive(
+    name: str, image: Descriptor, manifest: Manifest, blobs: ImageBlobs, *, left_out: int = 0
+) -> Iterator[bytes]:
+    """The archive that engines load, piece by piece: Podman by the OCI's index, Docker by its own listing.
 
-
-def _archive(name: str, manifest: Manifest, blobs: ImageBlobs) -> Iterator[bytes]:
-    """The archive that ``docker load`` takes, piece by piece; layers stay compressed."""
-    config = f"{manifest.config.digest}.json"
-    layers = {layer.digest: f"{layer.digest}.tar" for layer in manifest.layers}
-    yield from _member(config, manifest.config.digest, blobs)
-    for digest, file in layers.items():
-        yield from _member(file, digest, blobs)
-    listing = json.dumps(
-        [
-            {
-                "Config": config,
-                "RepoTags": [name],
-                "Layers": [layers[layer.digest] for layer in manifest.layers],
-            }
-        ]
-    ).encode()
-    yield _head("manifest.json", len(listing)) + listing + _padding(len(listing))
+    Layers stay compressed; the first `left_out` are named, and not there.
+    """
+    named = image.model_copy(update={"annotations": dict.fromkeys(_NAMES, name)})
+    listing = {
+        "Config": _path_of(manifest.config.digest),
+        "RepoTags": [name],
+        "Layers": [_path_of(layer.digest) for layer in manifest.layers],
+    }
+    yield from _file("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+    yield from _file("index.json", index_bytes([named]))
+    yield from _file("manifest.json", json.dumps([listing]).encode())
+    sent = {layer.digest for layer in manifest.layers[left_out:]}
+    for digest in (image.digest, manifest.config.digest, *sorted(sent)):
+        yield from _member(digest, blobs)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def _member(file: str, digest: Digest, blobs: ImageBlobs) -> Iterator[bytes]:
+def _path_of(digest: Digest) -> str:
+    return f"blobs/sha256/{digest}"
+
+
+def _file(name: str, content: bytes) -> Iterator[bytes]:
+    yield _head(name, len(content)) + content + _padding(len(content))
+
+
+def _member(digest: Digest, blobs: ImageBlobs) -> Iterator[bytes]:
     size = blobs.size(digest)
-    yield _head(file, size)
+    yield _head(_path_of(digest), size)
     yield from blobs.chunks(digest)
     yield _padding(size)
 

@@ -24,10 +24,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flops.command import stop_if_needless
-from flops.core.ids import Digest
 from flops.core.images import Layer
 from flops.durable_file import file_error, write_durably
-from flops.errors import FlopsError
 from flops.image_ports import ImageBlobs, Report
 
 _LOCK_POLL_S = 0.1
@@ -92,7 +90,7 @@ class LayerCache:
             layer = Layer.model_validate_json(self._record_of(key).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
-        if not is_intact(self.blobs, layer.blob.digest):
+        if not self.blobs.is_intact(layer.blob.digest):
             report(f"{what} is damaged in the cache; it is made anew.")
             return None
         os.utime(self._record_of(key))
@@ -115,15 +113,6 @@ class LayerCache:
                 with (self._root / f"{found['key']}.lock").open("ab") as file:
                     if _try_lock(file.fileno()):
                         shutil.rmtree(path, ignore_errors=True)
-
-
-def is_intact(blobs: ImageBlobs, digest: Digest) -> bool:
-    """Whether a blob is there with the bytes that it is named by."""
-    try:
-        next(blobs.chunks(digest), None)  # verified before the first bytes
-    except FlopsError:
-        return False
-    return True
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from flops.adapters.images.layer_cache import is_intact
 from flops.command import stop_if_needless
 from flops.core.image_reference import ImageReference
 from flops.core.images import BaseImage, Descriptor, Layer, Manifest, read_config, read_manifest
@@ -70,7 +69,7 @@ class PulledBase:
             base = BaseImage.model_validate_json(self._record_of(platform).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
-        return base if all(is_intact(blobs, layer.blob.digest) for layer in base.layers) else None
+        return base if all(blobs.is_intact(layer.blob.digest) for layer in base.layers) else None
 
     def _read(self, found: Descriptor, platform: Platform, blobs: ImageBlobs) -> BaseImage:
         manifest = read_manifest(blobs.get(found.digest), found.media_type)

@@ -42,7 +42,7 @@ def pull_blob(link: Link, part: Descriptor, blobs: ImageBlobs, report: Report) -
         FlopsError: ``image_not_found``, ``image_damaged``, ``registry_unreachable``, ``registry_refused``,
             ``disk_full``.
     """
-    if _is_intact(part, blobs):
+    if blobs.is_intact(part.digest):
         return
     fetching = _Fetching(link, part, blobs, _Progress(report, "Fetched", part.size))
     try:
@@ -196,17 +196,6 @@ class _Fetching:
 def _is_there(link: Link, part: Descriptor) -> bool:
     response = link.ask("HEAD", f"{link.base}/blobs/sha256:{part.digest}", accept={200, 404})
     return response.status_code == httpx.codes.OK
-
-
-def _is_intact(part: Descriptor, blobs: ImageBlobs) -> bool:
-    if not blobs.has(part.digest):
-        return False
-    try:
-        for _ in blobs.chunks(part.digest):
-            break
-    except FlopsError:
-        return False
-    return True
 
 
 def _damaged_here(link: Link, exc: FlopsError | None) -> FlopsError:

@@ -32,6 +32,7 @@ class BlobsContract:
         assert blobs.has(digest)
         assert blobs.get(digest) == data
         assert blobs.size(digest) == len(data)
+        assert blobs.is_intact(digest)
         assert b"".join(blobs.chunks(digest)) == data
 
     def test_the_same_bytes_again_change_nothing(self, blobs: ImageBlobs) -> None:
@@ -41,6 +42,7 @@ class BlobsContract:
     @pytest.mark.parametrize("digest", [ABSENT, Digest(""), Digest("../../etc/passwd"), Digest("A" * 64)])
     def test_what_is_not_there_is_not_found(self, blobs: ImageBlobs, digest: Digest) -> None:
         assert not blobs.has(digest)
+        assert not blobs.is_intact(digest)
         for read in (blobs.get, blobs.size, lambda d: list(blobs.chunks(d))):
             with pytest.raises(FlopsError) as caught:
                 read(digest)
