@@ -2,7 +2,8 @@
 
 Every machine is a namespace with one interface; all cables meet in a router, a namespace of its own. This
 machine is plugged in as well. What is cut is dropped in the router without a word, as by a broken cable: no
-program at its ends is told. Needs root, and of programs only ``ip`` and ``nsenter``.
+program at its ends is told. A machine may have disks of its own: folders that are others' there than here.
+Needs root, and of programs only ``ip``, ``nsenter`` and ``unshare``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,18 @@ NET = "198.18"  # set aside for tests of networks (RFC 2544): no route of a real
 _PREFIX = "flops"
 _NAMESPACES = Path("/run/netns")
 _FORWARD = "/proc/sys/net/ipv4/ip_forward"
+_MOUNT = """
+set -e
+mount -t tmpfs none /dev/shm
+while [ $# -gt 0 ]; do mount --bind "$2" "$1"; shift 2; done
+echo ready
+exec cat
+"""
 
 
 def missing_for_networks() -> str:
     """Why no network can be made here; "" when one can."""
-    missing = [program for program in ("ip", "nsenter") if shutil.which(program) is None]
+    missing = [program for program in ("ip", "nsenter", "unshare") if shutil.which(program) is None]
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     return f"needs {' and '.join(missing)}" if missing else ""
@@ -54,6 +62,7 @@ class Network:
         self._name = f"{_PREFIX}{os.getpid()}"
         self._net = f"{NET}.{os.getpid() % 256}"
         self._ports = 0
+        self._holders: list[subprocess.Popen[str]] = []
         _ip("netns", "add", self._name)
         try:
             _run("nsenter", f"--net={_NAMESPACES / self._name}", "sh", "-c", f"echo 1 > {_FORWARD}")
@@ -63,14 +72,34 @@ class Network:
             self.close()
             raise
 
-    def add_machine(self) -> Machine:
-        """Plug another machine in."""
+    def add_machine(self, disks: Mapping[Path, Path] | None = None) -> Machine:
+        """Plug another machine in.
+
+        Args:
+            disks: by the path of a folder, the folder that is there instead on that machine. It has a
+                shared memory of its own then, too.
+        """
         namespace = f"{self._name}-{self._ports}"
         _ip("netns", "add", namespace)
         address = self._plug(namespace)
         _ip("-n", namespace, "link", "set", "lo", "up")
         _ip("-n", namespace, "route", "add", "default", "via", _next_to(address, -1))
-        return Machine(address, ("nsenter", f"--net={_NAMESPACES / namespace}"))
+        enter = ["nsenter", f"--net={_NAMESPACES / namespace}"]
+        if disks:
+            enter.append(f"--mount=/proc/{self._mount(disks)}/ns/mnt")
+        return Machine(address, tuple(enter))
+
+    def _mount(self, disks: Mapping[Path, Path]) -> int:
+        """A process that holds a namespace with these mounts as long as we live; returns its id."""
+        pairs = [str(path) for pair in disks.items() for path in pair]
+        holder = subprocess.Popen(
+            ["unshare", "--mount", "--propagation=private", "sh", "-c", _MOUNT, "sh", *pairs],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._holders.append(holder)
+        if holder.stdout is None or not holder.stdout.readline():
+            raise OSError(f"No disks can be mounted: {', '.join(pairs)}")
+        return holder.pid
 
     def _plug(self, namespace: str) -> str:
         """Lay a cable from the router to a namespace, or to this machine; returns the address at its end."""
@@ -99,6 +128,8 @@ class Network:
 
     def close(self) -> None:
         """Remove everything; cables vanish with the router."""
+        for holder in self._holders:
+            holder.communicate()  # it ends with its input
         _remove(self._name)
 
 

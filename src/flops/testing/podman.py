@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,10 +56,12 @@ class Podman:
 
     Args:
         folder: of everything; its path has to be short, since that of a socket has to be.
+        prefix: what runs its commands on another machine.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
         self.folder = folder
+        self._prefix = prefix
         self.socket = folder / "podman.sock"
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
         (folder / "containers.conf").write_text(_CONFIGURATION.format(files=files))
@@ -77,12 +79,11 @@ class Podman:
         """Start the service, and wait until it listens."""
         self.socket.unlink(missing_ok=True)
         service = [*self._command(), "system", "service", "--time=0", f"unix://{self.socket}"]
-        # No child of the tests' process: a test may start it again, and leave it to the next.
-        starter = ["sh", "-c", 'log=$1; shift; "$@" >>"$log" 2>&1 & echo $!', "sh"]
-        log = str(self.folder / "service.log")
+        # No child of the tests' process: a test may start it again, and leave it to the next. In its folder,
+        # since conmon leaves a file where it was started when it sees a kill for want of memory.
+        starter = ["sh", "-c", 'cd "$1" && shift && { "$@" >>service.log 2>&1 & echo $!; }', "sh"]
         done = subprocess.run(
-            [*starter, log, *service],
-            cwd=self.folder,  # conmon leaves a file there when it sees a kill for want of memory
+            [*self._prefix, *starter, str(self.folder), *service],
             env=self._env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -105,7 +106,11 @@ class Podman:
     def run(self, *arguments: str) -> str:
         """Run one of Podman's commands on this engine; returns what it prints."""
         done = subprocess.run(
-            [*self._command(), *arguments], env=self._env, capture_output=True, text=True, check=True
+            [*self._prefix, *self._command(), *arguments],
+            env=self._env,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return done.stdout
 
@@ -135,9 +140,9 @@ class Podman:
 
 
 @contextmanager
-def running_podman() -> Iterator[Podman]:
-    """An engine that is gone afterwards, with all its containers and images."""
-    podman = Podman(Path(tempfile.mkdtemp(prefix="flops-podman-")))
+def running_podman(prefix: Sequence[str] = ()) -> Iterator[Podman]:
+    """An engine that is gone afterwards, with all its containers and images; see `Podman`."""
+    podman = Podman(Path(tempfile.mkdtemp(prefix="flops-podman-")), prefix)
     try:
         podman.start()
         yield podman
