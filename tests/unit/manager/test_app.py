@@ -19,6 +19,7 @@ from flops.core.project import Stage
 from flops.errors import CATALOGUE, ErrorCode
 from flops.manager.app import build_app
 from flops.testing.projects import PlayedCluster, played_cluster, raw_sla
+from flops.testing.waiting import until
 from flops.wire.rest import ControlStatus, ErrorBody
 
 TOKEN = "s3cret-token"
@@ -331,7 +332,7 @@ def test_a_project_is_stopped_and_deleted(api: Api) -> None:
     again = api.client.post(f"{API}/projects/{project_id}/stop")
     assert again.json()["message"].startswith(f"Project {project_id} is stopped.")
     assert api.client.delete(f"{API}/projects/{project_id}").status_code == 200
-    events_of(api.client.get(f"{API}/projects/{project_id}/events"))
+    until(lambda: api.client.get(f"{API}/projects/{project_id}").status_code == 404)
     assert_error(api.client.get(f"{API}/projects/{project_id}"), ErrorCode.PROJECT_NOT_FOUND)
     assert api.cluster.orchestrator.services() == []
     for method, path in (("POST", "stop"), ("DELETE", "")):
