@@ -352,12 +352,12 @@ def test_a_large_upload_is_not_held_in_memory(server: ServerProcess) -> None:
     pid = json.loads((server.folder / "endpoint.json").read_text())["pid"]
     process = psutil.Process(pid)
     before = process.memory_info().rss
-    reader = pa.RecordBatchReader.from_batches(batch.schema, iter([batch] * 12))
+    reader = pa.RecordBatchReader.from_batches(batch.schema, iter([batch] * 16))
     with server.client() as client:
         client.push(reader, "t")
         _, batches = client.stream("t")
-        assert sum(batch.num_rows for batch in batches) == 48_000_000
-    assert process.memory_info().rss - before < 250_000_000
+        assert sum(batch.num_rows for batch in batches) == 64_000_000
+    assert process.memory_info().rss - before < 320_000_000
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
