@@ -17,6 +17,7 @@ from flops.adapters.images.assembler import OciAssembler
 from flops.adapters.registry_client.client import OciRegistry
 from flops.builder.images import ImageTools, ProjectImages
 from flops.core.image_reference import parse_reference
+from flops.core.images import INDEX
 from flops.core.platforms import Platform
 from flops.core.project import TrainedModel
 from flops.settings import inherited_environment
@@ -38,7 +39,7 @@ class Shop:
     def __init__(self, folder: Path, cluster: str) -> None:
         self.folder, self.cluster = folder, cluster
         self.told: list[str] = []
-        wheels = folder / "wheels"
+        self.wheels = wheels = folder / "wheels"
         for made in (wheels, folder / "kit" / "flops", folder / "bundle"):
             made.mkdir(parents=True)
         (folder / "kit" / "flops" / "kit.py").write_text("x = 1\n")
@@ -67,19 +68,21 @@ class Shop:
         )
         return ProjectImages(self.tools, ImageOrder.model_validate({**given, **order}), context, self.cluster)
 
-    def pulled(self, name: str, to: Path) -> dict[str, object]:
-        """Pull an image into other blobs and unpack it; returns its config."""
+    def pulled(self, name: str, to: Path, platform: Platform = Platform.AMD64) -> dict[str, object]:
+        """Pull an image with all platforms into other blobs and unpack it for one; returns its config."""
         host = "" if name.startswith(self.cluster) else f"{self.cluster}/"
         reference = parse_reference(f"{host}{name}")
         blobs = FileBlobs(to / "blobs")
         index = self.registry.pull(reference, blobs, self.told.append)
         assert index.digest == reference.digest
-        manifest = images_of(blobs, index)[Platform.AMD64]
+        manifest = images_of(blobs, index)[platform]
         for layer in manifest.layers:
             unpack_layer(blobs, layer, to / "root")
-        found = json.loads(blobs.get(manifest.config.digest))["config"]
-        assert isinstance(found, dict)
-        return found
+        found = json.loads(blobs.get(manifest.config.digest))
+        assert f"linux/{found['architecture']}" == platform
+        inner = found["config"]
+        assert isinstance(inner, dict)
+        return inner
 
 
 @pytest.fixture
@@ -105,6 +108,27 @@ def test_each_kind_of_service_finds_in_its_image_what_it_imports(shop: Shop, tmp
     assert (root / "app/flops/flops/trainer/aggregator.py").read_bytes() == (
         package / "trainer" / "aggregator.py"
     ).read_bytes()
+
+
+def test_an_image_has_each_platforms_own_wheels_under_one_name(shop: Shop, tmp_path: Path) -> None:
+    """Nothing is emulated: no program of a package runs."""
+    tag = f"cp{MINOR.replace('.', '')}"
+    wheels = [
+        make_wheel(shop.wheels, "native", "1", modules=[f"native_{p.machine}"], tag=f"{tag}-{tag}-{libc}")
+        for p in Platform
+        for libc in [f"manylinux_2_28_{p.machine}"]
+    ]
+    first, second = (lock_of(wheel, python=MINOR) for wheel in wheels)
+    lock = f"{first.rstrip()} {second[second.index('--hash') :]}"
+    images = shop.images(platforms=tuple(Platform)).push_training(lock, shop.model_lock, shop.told.append)
+    for name in (images.learner, images.aggregator):
+        index = shop.registry.find(parse_reference(f"{shop.cluster}/{name}"))
+        assert index.media_type == INDEX
+    for platform in Platform:
+        shop.pulled(images.learner, tmp_path / platform.architecture, platform)
+        site = tmp_path / platform.architecture / f"root/opt/project/lib/python{MINOR}/site-packages"
+        assert [path.name for path in site.glob("native_*")] == [f"native_{platform.machine}"]
+        shop.pulled(images.aggregator, tmp_path / f"aggregator-{platform.architecture}", platform)
 
 
 def test_a_change_of_code_sends_little(shop: Shop) -> None:
