@@ -135,6 +135,7 @@ class ImageRecipe:
         folders: folders of this machine by the path in the image; all of each is taken, but bytecode.
         run: what a container of it does.
         environments: locks of further environments by their path in the image, such as ``/opt/model``.
+        modules: further folders, in a layer of their own: they change less often than the others.
     """
 
     platforms: tuple[Platform, ...]
@@ -143,6 +144,7 @@ class ImageRecipe:
     folders: Mapping[str, Path] = field(default_factory=dict)
     run: ImageRun = field(default_factory=ImageRun)
     environments: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, Path] = field(default_factory=dict)
 
 
 class BaseImages(Protocol):

@@ -70,24 +70,26 @@ class ProjectImages:
         """
         learner = ImageRecipe(
             self._order.platforms,
-            folders={KIT: self._kit, BUNDLE: self._bundle},
+            folders={BUNDLE: self._bundle},
             run=ImageRun(
                 entrypoint=(python_of(PROJECT), "-m", "flops.trainer.learner"),
                 env={"PYTHONPATH": KIT},
                 labels=self._labels("learner"),
             ),
             environments={PROJECT: lock},
+            modules={KIT: self._kit},
         )
         own = {f"{OWN_MODULES}/{p.__name__}": Path(str(p.__file__)).parent for p in (flops, flops_utils)}
         aggregator = ImageRecipe(
             self._order.platforms,
-            folders={**own, KIT: self._kit, BUNDLE: self._bundle},
+            folders={BUNDLE: self._bundle},
             run=ImageRun(
                 entrypoint=(python_of(OWN), "-m", "flops.wiring", "aggregator"),
                 env={"PYTHONPATH": OWN_MODULES},
                 labels=self._labels("aggregator"),
             ),
             environments={OWN: self._tools.own_lock, MODEL: model_lock},
+            modules={**own, KIT: self._kit},
         )
         tag = self._order.commit[:12]
         with ThreadPoolExecutor(2) as pool:
@@ -120,7 +122,7 @@ class ProjectImages:
         recipe = ImageRecipe(
             self._order.platforms,
             files={_CONTEXT: json.dumps(asdict(context), sort_keys=True).encode()},
-            folders={KIT: self._kit, BUNDLE: self._bundle},
+            folders={BUNDLE: self._bundle},
             run=ImageRun(
                 entrypoint=(python_of(MODEL), "-m", "flops.serving.app"),
                 arguments=(_CONTEXT,),
@@ -130,6 +132,7 @@ class ProjectImages:
                 health=HealthCheck(command=(python_of(MODEL), "-c", _ASK)),
             ),
             environments={MODEL: model_lock},
+            modules={KIT: self._kit},
         )
         tag = f"round-{model.round}" if model is not None else self._order.commit[:12]
         return self._push("model", tag, recipe, report)

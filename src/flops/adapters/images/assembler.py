@@ -101,7 +101,9 @@ class OciAssembler:
                     self._cache, self._uv, base, Locked(path, lock), self._build_timeout_s, report
                 )
             )
-        layers.append(self._code_layer(recipe, base.python, report))
+        if recipe.modules:
+            layers.append(self._layer("the modules it needs", {}, recipe.modules, base.python, report))
+        layers.append(self._layer("the code", recipe.files, recipe.folders, base.python, report))
         run = recipe.run.model_copy(
             update={
                 "env": {**_environment(base, locks), **recipe.run.env},
@@ -112,12 +114,19 @@ class OciAssembler:
         manifest = manifest_bytes(config, [layer.blob for layer in layers])
         return self._store(manifest, MANIFEST, platform)
 
-    def _code_layer(self, recipe: ImageRecipe, python: str, report: Report) -> Layer:
-        """The same for all platforms; named by its content, it is made once."""
-        what = "The layer of the code"
-        files = {path: hashlib.sha256(data).hexdigest() for path, data in recipe.files.items()}
+    def _layer(
+        self,
+        of: str,
+        content: Mapping[str, bytes],
+        folders: Mapping[str, Path],
+        python: str,
+        report: Report,
+    ) -> Layer:
+        """A layer of files, the same for all platforms; named by its content, it is made once."""
+        what = f"The layer of {of}"
+        files = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
         try:
-            for inside, folder in recipe.folders.items():
+            for inside, folder in folders.items():
                 for path in _files(folder):
                     place = str(PurePosixPath(inside) / path.relative_to(folder).as_posix())
                     files[place] = _fingerprint(path)
@@ -128,11 +137,11 @@ class OciAssembler:
             report(f"{what} is being made of {len(files)} files.")
             root = notes / "root"
             try:
-                _lay_out(root, recipe)
+                _lay_out(root, content, folders)
             except OSError as exc:
                 raise file_error(exc, root) from exc
             compile_modules(root, "", python=python, uv=self._uv, descriptor=descriptor)
-            return pack_layer(root, self._blobs, f"{len(files)} files of code")
+            return pack_layer(root, self._blobs, f"{len(files)} files of {of}")
 
         key = key_of("code", python, *(f"{path}\0{digest}" for path, digest in sorted(files.items())))
         return self._cache.layer(key, what, make, report)
@@ -185,13 +194,13 @@ def _fingerprint(path: Path) -> str:
     return f"{digest} {bool(path.stat().st_mode & 0o111)}"
 
 
-def _lay_out(root: Path, recipe: ImageRecipe) -> None:
+def _lay_out(root: Path, content: Mapping[str, bytes], folders: Mapping[str, Path]) -> None:
     root.mkdir()
-    for inside, folder in recipe.folders.items():
+    for inside, folder in folders.items():
         for path in _files(folder):
             target = _place(root, PurePosixPath(inside) / path.relative_to(folder).as_posix())
             shutil.copy2(path, target, follow_symlinks=False)
-    for inside, data in recipe.files.items():
+    for inside, data in content.items():
         _place(root, PurePosixPath(inside)).write_bytes(data)
 
 
