@@ -121,7 +121,9 @@ def _problems_of_runs(project: Project, rounds: Sequence[int], tracking: Trackin
     runs = [run for run in every if _PARENT_TAG not in {tag["key"] for tag in run["data"].get("tags", [])}]
     if len(runs) > 1 or (rounds and not runs):
         yield f"MLflow has {len(runs)} runs of its training"
-    wrong = {run["info"]["status"] for run in every} - {_RUN_STATES[project.stage]}
+    # A training that was completed stays so, whatever became of its project.
+    wanted = "FINISHED" if project.model is not None else _RUN_STATES[project.stage]
+    wrong = {run["info"]["status"] for run in every} - {wanted}
     if wrong:
         yield f"MLflow has runs that are {', '.join(wrong)}, the project is {project.stage}"
     for run in runs:
