@@ -76,6 +76,12 @@ class ControlSettings(Settings):
         None,
         description="image with Python that images are put on; one of Debian's packages if not given",
     )
+    package_index: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="index from which the cluster fetches packages for its nodes; each fetches by itself if "
+        "not given",
+    )
     max_blob_mb: int = Field(16_384, ge=1, description="largest repository, lock or model taken in, in MiB")
     keep_logs_projects: int = Field(200, ge=0, description="of how many ended projects output is kept")
     keep_logs_days: float = Field(30.0, ge=0, description="how many days it is kept after a project's end")

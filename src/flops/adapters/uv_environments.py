@@ -35,6 +35,7 @@ from flops.adapters.uv_program import (
     own_python,
     release_of,
     uv_error,
+    with_site_packages,
 )
 from flops.adapters.uv_resolver import CPU_BACKEND, UvResolver
 from flops.command import Completed, run_command, stop_if_needless
@@ -53,6 +54,7 @@ from flops.core.resolution import (
 )
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
+from flops.package_ports import SitePackages
 
 Report = Callable[[str], None]
 
@@ -91,6 +93,7 @@ class UvEnvironments:
         uv: the uv program.
         environ: environment of uv. Its ``UV_*`` variables decide which index, cache and links are used.
         mlflow_version: the MLflow of model environments; the tracking server's own.
+        site: who near has packages; nobody if not given.
         lock_timeout_s: for each run of the resolver.
         build_timeout_s: for downloading and installing one environment.
     """
@@ -102,6 +105,7 @@ class UvEnvironments:
         uv: Path,
         environ: Mapping[str, str],
         mlflow_version: str,
+        site: SitePackages | None = None,
         lock_timeout_s: float = 600.0,
         build_timeout_s: float = 3_600.0,
     ) -> None:
@@ -109,6 +113,7 @@ class UvEnvironments:
         self._folders = EnvironmentFolders(root)
         self._uv = UvProgram(uv, environ)
         self._mlflow_version = mlflow_version
+        self._site = site
         self._lock_timeout_s = lock_timeout_s
         self._build_timeout_s = build_timeout_s
 
@@ -210,14 +215,14 @@ class UvEnvironments:
             file = Path(scratch) / "lock.txt"
             file.write_text(lock)
 
-            def run(step: Sequence[str]) -> Completed:
-                return self._uv.run(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
+            def run(step: Sequence[str], uv: UvProgram = self._uv) -> Completed:
+                return uv.run(step, Path(scratch), self._build_timeout_s, watch, [descriptor])
 
             done = run(["venv", "--python", str(python), "--no-project", str(folder)])
             if done.exit_code == 0:
                 interpreter = str(folder / "bin" / "python")
                 sync = ["pip", "sync", "--require-hashes", "--python", interpreter, str(file)]
-                done = run(sync)
+                done = with_site_packages(self._uv, self._site, lock, lambda uv: run(sync, uv), report)
                 if _NOT_LISTED.search(done.errors) and cpu_builds(lock):  # locked from PyTorch's own index?
                     report("Looking for builds without CUDA in PyTorch's own index.")
                     other = run([*sync, *CPU_BACKEND])

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from packaging.version import Version
 
@@ -16,12 +17,14 @@ from flops.command import Completed, run_command
 from flops.core.requirements import OLDEST_PYTHON
 from flops.core.resolution import essence
 from flops.errors import ErrorCode, FlopsError
+from flops.package_ports import SitePackages
 
 OWN_MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 _FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceeded", re.IGNORECASE)
 _NO_INDEX = re.compile(
     r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
 )
+_NEAR_TIMEOUT_S = "600"
 _PYTHON_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
 
 
@@ -40,6 +43,13 @@ class UvProgram:
     def having(self, **environ: str) -> UvProgram:
         """The same program with more in its environment."""
         return UvProgram(self._uv, {**self.environ, **environ})
+
+    def through(self, index: str) -> UvProgram:
+        """The same program with another default index, which is near and may have to fetch a file first."""
+        host = urlsplit(index).hostname or ""
+        names = ("NO_PROXY", "no_proxy")
+        direct = {name: ",".join(filter(None, (self.environ.get(name), host))) for name in names}
+        return self.having(UV_DEFAULT_INDEX=index, UV_HTTP_TIMEOUT=_NEAR_TIMEOUT_S, **direct)
 
     def run(
         self,
@@ -111,6 +121,31 @@ class UvProgram:
         usable = [(version, path) for version, path in found if version.release[:2] >= OLDEST_PYTHON]
         usable.sort(key=lambda item: item[0], reverse=True)
         return [(str(version), path) for version, path in usable]
+
+
+def with_site_packages(
+    uv: UvProgram,
+    site: SitePackages | None,
+    lock: str,
+    install: Callable[[UvProgram], Completed],
+    report: Callable[[str], None],
+) -> Completed:
+    """Install a lock's packages from who near has them; from the index when that fails, or nobody has.
+
+    Args:
+        uv: the program.
+        site: who near may have them.
+        lock: what is installed, with the hash of every file.
+        install: runs uv.
+        report: is told what fails.
+    """
+    index = site.index_for(lock) if site is not None else ""
+    if index:
+        done = install(uv.through(index))
+        if done.exit_code == 0:
+            return done
+        report(f"The cluster's packages cannot be used, the package index is: {essence(done.errors)}")
+    return install(uv)
 
 
 def own_python() -> Path:

@@ -119,6 +119,9 @@ class _Build:
         for note in environment.notes:
             self._report(note)
         locks = (lock, model_lock)
+        with httpx.Client(timeout=_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
+            for text in locks:  # first: the cluster serves packages only of locks that it has
+                _store(client, context.blobs_url, text.encode())
         if is_built:
             with ThreadPoolExecutor(len(locks)) as pool:
                 builds = [
@@ -127,9 +130,6 @@ class _Build:
                 ]
                 for build in builds:
                     build.result()
-        with httpx.Client(timeout=_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
-            for text in locks:
-                _store(client, context.blobs_url, text.encode())
         environment = environment.model_copy(update={"key": EnvironmentKey(self._config.environment_key)})
         return environment, lock, model_lock
 

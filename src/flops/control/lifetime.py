@@ -25,6 +25,7 @@ CLUSTER_FILE = "cluster.sqlite"
 PROJECTS_FILE = "projects.sqlite"
 TRACKING_FOLDER = "mlflow"
 IMAGES_FOLDER = "images"  # what the cluster's registry keeps
+PACKAGES_FOLDER = "packages"  # what nodes asked the cluster to fetch from the package index
 
 _log = logging.getLogger(__name__)
 

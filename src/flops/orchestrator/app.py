@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from flops.core.ids import Digest
@@ -35,7 +35,11 @@ T = TypeVar("T")
 
 
 def build_app(
-    orchestrator: ClusterOrchestrator, blobs: BlobStreams, *, max_blob_bytes: int = MAX_BLOB_BYTES
+    orchestrator: ClusterOrchestrator,
+    blobs: BlobStreams,
+    *,
+    max_blob_bytes: int = MAX_BLOB_BYTES,
+    more: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """Build the ASGI application of the cluster's port.
 
@@ -45,6 +49,7 @@ def build_app(
         orchestrator: takes in what nodes say.
         blobs: what is served under ``/api/blobs``.
         max_blob_bytes: larger uploads are refused.
+        more: is served, too.
     """
     server = _ClusterServer(orchestrator, blobs, max_blob_bytes)
     return Starlette(
@@ -52,6 +57,7 @@ def build_app(
             Route("/", server.answer_root, methods=["GET"]),
             Route("/api/blobs/{digest}", server.serve_blob, methods=["GET", "HEAD", "PUT"]),
             WebSocketRoute("/api/node/link", server.link_node),
+            *more,
         ],
         exception_handlers={
             FlopsError: _answer_error,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from starlette.routing import BaseRoute
 
 import flops
 from flops.adapters.file_blobs import FileBlobs
@@ -15,6 +17,7 @@ from flops.adapters.git_repos import GitRepos
 from flops.adapters.http_server import HttpServer
 from flops.adapters.mlflow_server import MlflowServer
 from flops.adapters.mlflow_tracker import MlflowTracker
+from flops.adapters.package_index import HttpPackageIndex
 from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.sql_store import SqlProjectStore
 from flops.adapters.system_clock import SystemClock
@@ -24,6 +27,7 @@ from flops.control.lifetime import (
     ADMIN_TOKEN_FILE,
     CLUSTER_FILE,
     IMAGES_FOLDER,
+    PACKAGES_FOLDER,
     PROJECTS_FILE,
     SECRET_FILE,
     TRACKING_FOLDER,
@@ -38,6 +42,7 @@ from flops.manager.options import EngineOptions
 from flops.manager.retention import DAY_S, Retention, RetentionOptions, forget_images
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.orchestrator.packages import PackageCache
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
 from flops.settings import ControlSettings, inherited_environment
@@ -63,6 +68,18 @@ def _parse(arguments: list[str]) -> dict[str, str]:
 def _open_images(folder: Path) -> tuple[FileBlobs, Repositories]:
     blobs = FileBlobs(folder / "blobs")
     return blobs, Repositories(folder / "names", blobs)
+
+
+def _open_packages(
+    settings: ControlSettings, blobs: FileBlobs, parts: ExitStack
+) -> tuple[Sequence[BaseRoute], Sequence[Callable[[], None]]]:
+    """What is served of packages, and what is to be swept; nothing unless an index is given."""
+    if not settings.package_index:
+        return (), ()
+    index = HttpPackageIndex(settings.package_index)
+    parts.callback(index.close)
+    cache = PackageCache(index, FileBlobs(settings.control_dir / PACKAGES_FOLDER), blobs, SystemClock())
+    return cache.routes(), (cache.shrink,)
 
 
 def _engine_options(settings: ControlSettings, tracking_uri: str) -> EngineOptions:
@@ -95,7 +112,9 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 
     blobs = FileBlobs(folder / "blobs")
     orchestrator = ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock)
-    cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=settings.max_blob_mb * 1024**2)
+    packages, sweeps = _open_packages(settings, blobs, parts)
+    max_bytes = settings.max_blob_mb * 1024**2
+    cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=max_bytes, more=packages)
     image_blobs, images = _open_images(folder / IMAGES_FOLDER)
     cluster = HttpServer(
         with_registry(cluster_app, build_registry(image_blobs, images, clock)),
@@ -147,7 +166,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
-    retention = _build_retention(settings, (store, orchestrator, blobs, clock), repos, images)
+    others = [repos.sweep, *sweeps]
+    retention = _build_retention(settings, (store, orchestrator, blobs, clock), images, others)
     parts.callback(retention.close)
     retention.start()
     manager.start()
@@ -158,8 +178,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 def _build_retention(
     settings: ControlSettings,
     parts: tuple[SqlProjectStore, ClusterOrchestrator, FileBlobs, SystemClock],
-    repos: GitRepos,
     images: Repositories,
+    others: Sequence[Callable[[], None]],
 ) -> Retention:
     folder = settings.control_dir
     clock = parts[-1]
@@ -169,5 +189,5 @@ def _build_retention(
             remove_unfinished(place, clock.now_s() - _WRITING_MOST_S)
 
     options = RetentionOptions(settings.keep_logs_projects, settings.keep_logs_days * DAY_S)
-    others = (repos.sweep, remove_leftovers, functools.partial(forget_images, parts[0], images))
-    return Retention(*parts, options, others)
+    forget = functools.partial(forget_images, parts[0], images)
+    return Retention(*parts, options, (*others, remove_leftovers, forget))

@@ -101,13 +101,14 @@ def node_parts(paths: NodePaths) -> NodeParts:
     limit = None if limit_mb is None else limit_mb * 1024**2
     downloads = UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit)
     images = FileBlobs(paths.images, is_oci_layout=True)
+    conf = NodeConfiguration(node_conf_file(paths).load())
 
     def shrink(is_disk_low: bool) -> None:
         downloads.shrink(is_disk_low)
         shrink_images(images, SystemClock().now_s(), is_disk_low)
 
     return NodeParts(
-        environments=open_environments(paths.environments),
+        environments=open_environments(paths.environments, _blobs_url(conf)),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
         caches=(EnvironmentFolders(paths.environments),),
@@ -168,7 +169,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     tls = client_tls(*conf.client_certificate) if conf.is_cluster_tls else None
     address = host.address()
     addons = _build_addons(paths, conf, address, addon_runtime, parts.open_catalog)
-    blobs_url = f"{'https' if tls is not None else 'http'}://{conf.cluster}/api/blobs"
+    blobs_url = _blobs_url(conf)
     site = NodeSite(
         name=name,
         host=address,
@@ -256,6 +257,10 @@ def end_leftovers(paths: NodePaths) -> int:
             runtime.stop(service_id)
             ended += 1
     return ended
+
+
+def _blobs_url(conf: NodeConfiguration) -> str:
+    return f"{'https' if conf.is_cluster_tls else 'http'}://{conf.cluster}/api/blobs"
 
 
 def _name_of(home: Path) -> str:

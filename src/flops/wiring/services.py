@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
 def run_builder(arguments: list[str]) -> int:
     """Run a builder: a service, given its context file."""
+    from functools import partial
+
     from flops.actor import run_actor
     from flops.builder.builder import main as build
 
     return run_actor(
-        lambda context, events: build(context, events, open_environments, open_image_tools, _fetch_blob),
+        lambda context, events: build(
+            context,
+            events,
+            partial(open_environments, blobs_url=context.blobs_url),
+            partial(open_image_tools, blobs_url=context.blobs_url),
+            _fetch_blob,
+        ),
         ["", *arguments],
         has_users_code=False,
     )
@@ -82,10 +90,18 @@ def run_mock_data_provider(arguments: list[str]) -> int:
     return run_actor(provider.run, ["mock-data-provider", *arguments], has_users_code=False)
 
 
-def open_image_tools(root: Path, order: ImageOrder, plain_http: frozenset[str]) -> ImageTools:
+def open_image_tools(
+    root: Path, order: ImageOrder, plain_http: frozenset[str], *, blobs_url: str
+) -> ImageTools:
     """What makes images in a folder of this machine, and pushes them.
 
     The base is the image that the order names, else one made of Debian's packages.
+
+    Args:
+        root: the folder.
+        order: what is asked for.
+        plain_http: the registries that are spoken to in the clear.
+        blobs_url: base URL of the cluster's blobs, which may serve packages as well.
 
     Raises:
         FlopsError: ``image_name_invalid``, ``config_corrupt``.
@@ -96,6 +112,7 @@ def open_image_tools(root: Path, order: ImageOrder, plain_http: frozenset[str]) 
     from flops.adapters.images.assembler import OciAssembler
     from flops.adapters.images.debian_base import DebianBase
     from flops.adapters.images.pulled_base import PulledBase
+    from flops.adapters.package_index import ClusterPackages
     from flops.builder.images import ImageTools
     from flops.core.image_reference import parse_reference
     from flops.settings import inherited_environment
@@ -108,7 +125,8 @@ def open_image_tools(root: Path, order: ImageOrder, plain_http: frozenset[str]) 
     bases: BaseImages = DebianBase(root / "bases", uv=program, environ=environ)
     if order.base:
         bases = PulledBase(root / "bases", registry, parse_reference(order.base))
-    assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ)
+    site = ClusterPackages(blobs_url)
+    assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ, site=site)
     return ImageTools(assembler, blobs, registry, own_lock())
 
 
@@ -119,15 +137,25 @@ def own_lock() -> str:
     return files("flops.builder").joinpath("aggregator.lock").read_text()
 
 
-def open_environments(root: Path) -> Environments:
-    """The environments in a folder of this machine, built by uv."""
+def open_environments(root: Path, blobs_url: str) -> Environments:
+    """The environments in a folder of this machine, built by uv.
+
+    Args:
+        root: the folder.
+        blobs_url: base URL of the cluster's blobs, which may serve packages as well.
+    """
     from importlib.metadata import version
 
     import uv
 
+    from flops.adapters.package_index import ClusterPackages
     from flops.adapters.uv_environments import UvEnvironments
     from flops.settings import inherited_environment
 
     return UvEnvironments(
-        root, uv=Path(uv.find_uv_bin()), environ=inherited_environment(), mlflow_version=version("mlflow")
+        root,
+        uv=Path(uv.find_uv_bin()),
+        environ=inherited_environment(),
+        mlflow_version=version("mlflow"),
+        site=ClusterPackages(blobs_url),
     )

@@ -146,7 +146,7 @@ def test_cuda_comes_along_where_gpus_are_asked_for(tmp_path: Path, server: BlobS
     assert "Resolving repository for sklearn, with CUDA." in messages
 
 
-def test_what_cannot_be_built_is_not_stored(tmp_path: Path, server: BlobServer) -> None:
+def test_what_cannot_be_built_is_not_told_as_an_environment(tmp_path: Path, server: BlobServer) -> None:
     broken = FixedEnvironments(FlopsError(ErrorCode.DISK_FULL, "full"))
     with pytest.raises(FlopsError) as caught:
         main(
@@ -157,7 +157,8 @@ def test_what_cannot_be_built_is_not_stored(tmp_path: Path, server: BlobServer) 
             no_fetch,
         )
     assert caught.value.code is ErrorCode.DISK_FULL
-    assert server.blobs == {}
+    assert not [event for event in events_in(tmp_path) if isinstance(event, EnvironmentLocked)]
+    assert len(server.blobs) == 2  # the cluster serves packages of locks that it has; nothing refers to them
 
 
 def test_a_cluster_that_is_away_is_told(tmp_path: Path) -> None:

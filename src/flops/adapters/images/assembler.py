@@ -34,6 +34,7 @@ from flops.core.platforms import Platform
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import BaseImages, ImageBlobs, ImageRecipe, Report
+from flops.package_ports import SitePackages
 
 _PYTHON = re.compile(r"# python (?P<python>\d+\.\d+)\n")
 _LEFT_OUT = frozenset({"__pycache__", ".git"})
@@ -48,6 +49,7 @@ class OciAssembler:
         bases: what images are put on.
         uv: uv, with its environment.
         environ: of uv; its ``UV_*`` variables decide which index, cache and links are used.
+        site: who near has packages; nobody if not given.
         build_timeout_s: for downloading and unpacking the dependencies for one platform.
     """
 
@@ -59,12 +61,14 @@ class OciAssembler:
         *,
         uv: Path,
         environ: Mapping[str, str],
+        site: SitePackages | None = None,
         build_timeout_s: float = 3_600.0,
     ) -> None:
         self._cache = LayerCache(root, blobs)
         self._blobs = blobs
         self._bases = bases
         self._uv = UvProgram(uv, environ)
+        self._site = site
         self._build_timeout_s = build_timeout_s
 
     def assemble(self, recipe: ImageRecipe, report: Report) -> Descriptor:
@@ -96,9 +100,10 @@ class OciAssembler:
         locks = {**({ENVIRONMENT: recipe.lock} if recipe.lock else {}), **recipe.environments}
         for path, lock in locks.items():
             _check_python(lock, base)
+            locked = Locked(path, lock)
             layers.append(
                 dependency_layer(
-                    self._cache, self._uv, base, Locked(path, lock), self._build_timeout_s, report
+                    self._cache, self._uv, base, locked, self._build_timeout_s, report, self._site
                 )
             )
         if recipe.modules:

@@ -14,12 +14,13 @@ from typing import NamedTuple
 from flops.adapters.images.bytecode import compile_modules
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
-from flops.adapters.uv_program import UvProgram, uv_error
+from flops.adapters.uv_program import UvProgram, uv_error, with_site_packages
 from flops.core.images import BaseImage, Layer
 from flops.core.resolution import essence, locked_versions
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import Report
+from flops.package_ports import SitePackages
 
 ENVIRONMENT = "/opt/env"
 _LIBC = "manylinux_2_28"  # Debian 10, RHEL 8, and what is newer
@@ -41,6 +42,7 @@ def dependency_layer(
     locked: Locked,
     timeout_s: float,
     report: Report,
+    near: SitePackages | None = None,
 ) -> Layer:
     """The layer of a lock at a path for a base, from the cache if it is there.
 
@@ -88,7 +90,9 @@ def dependency_layer(
                 if line.strip().startswith("Downloading"):
                     report(f"{line.strip()}.")
 
-        done = uv.run(command, notes, timeout_s, watch, [descriptor])
+        done = with_site_packages(
+            uv, near, lock, lambda uv: uv.run(command, notes, timeout_s, watch, [descriptor]), report
+        )
         if "No solution found" in done.errors:
             raise FlopsError(
                 ErrorCode.DEPENDENCIES_UNRESOLVABLE,
