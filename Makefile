@@ -6,8 +6,9 @@ PACKAGING ?= environment
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCHMARKS := rounds data first_round images
 
-.PHONY: help install lock format lint types contracts check test test-fast chaos flavors demo demo-stop clean
+.PHONY: help install lock format lint types contracts check test test-fast chaos flavors bench peers demo demo-stop clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +48,15 @@ chaos: install ## the long tests of faults: kills at every stage, a soak of 200 
 flavors: install ## train and serve a model of each big library: PyTorch, TensorFlow, XGBoost
 	$(BIN)/pytest -m flavors -s
 
+bench: install ## all benchmarks; make bench-rounds and so on for one of benchmarks/
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-%: install
+	$(BIN)/python benchmarks/$*.py $(ARGS)
+
+peers: ## install what `make bench-rounds` compares with, into an environment of its own
+	$(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install -q -r benchmarks/peers.txt
+
 demo: install ## run the main job on real data; PACKAGING=image runs it in containers
 	$(BIN)/python scripts/demo.py --packaging $(PACKAGING)
 
@@ -54,4 +64,4 @@ demo-stop: install ## stop what the demo left running; its state stays in .demo
 	$(BIN)/python scripts/demo.py --packaging $(PACKAGING) --stop
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo .demo-image
+	rm -rf $(VENV) .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo .demo-image
