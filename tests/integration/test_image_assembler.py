@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -326,6 +328,29 @@ def test_a_package_that_is_not_there_is_named(site: Site) -> None:
         site.assembler().assemble(ImageRecipe(AMD64, lock), ignore)
     assert caught.value.code is ErrorCode.DEPENDENCIES_UNRESOLVABLE
     assert "pure" in caught.value.message
+
+
+def make_source(folder: Path, name: str) -> Path:
+    """Write a source package, of which no code may run."""
+    path = folder / f"{name}-1.tar.gz"
+    files = {"PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n", "setup.py": "1 / 0\n"}
+    with tarfile.open(path, "w:gz") as archive:
+        for inner, text in files.items():
+            member = tarfile.TarInfo(f"{name}-1/{inner}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+def test_a_package_that_has_only_sources_is_refused_with_what_helps(site: Site) -> None:
+    lock = lock_of(make_source(site.wheels, "onlysource"), python=MINOR)
+    with pytest.raises(FlopsError) as caught:
+        site.assembler().assemble(ImageRecipe(AMD64, lock), ignore)
+    assert caught.value.code is ErrorCode.DEPENDENCIES_UNRESOLVABLE
+    assert caught.value.message.startswith(
+        "There are no wheels of all dependencies for linux/amd64: Because onlysource==1 has no usable wheels"
+    )
+    assert "packaging: environment" in caught.value.hint
 
 
 @pytest.mark.root

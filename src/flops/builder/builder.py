@@ -26,6 +26,7 @@ _TIMEOUT_S = 60.0
 FetchBlob = Callable[[str, Digest, Path], None]
 OpenImages = Callable[[Path, ImageOrder, frozenset[str]], ImageTools]
 _UPLOAD_ATTEMPTS = 5
+_RECIPES = ("Dockerfile", "Containerfile")  # of images, which other programs make
 
 
 def main(
@@ -92,6 +93,7 @@ class _Build:
             lock, model_lock = self._fetch(environment.lock), self._fetch(environment.model_lock)
         images = None
         if order is not None:
+            self._tell_what_is_not_used()
             images = self._images(order).push_training(lock, model_lock, self._report)
         self._events.tell(
             "environment_locked",
@@ -104,6 +106,14 @@ class _Build:
         plain_http = frozenset({url.netloc} if url.scheme == "http" else ())
         tools = self._open_images(Path(self._context.images_dir), order, plain_http)
         return ProjectImages(tools, order, self._context, url.netloc)
+
+    def _tell_what_is_not_used(self) -> None:
+        for name in _RECIPES:
+            if Path(self._context.repo_dir, name).is_file():
+                self._report(
+                    f"The repository's {name} is not used: its image is made of FLOps' base, the dependency "
+                    "file and the code. System packages that it installs are missing (docs/images.md)."
+                )
 
     def _report(self, message: str) -> None:
         self._events.tell("progress", message=message)

@@ -54,10 +54,10 @@ def make_wheel(
 
 
 def lock_of(*wheels: Path, python: str) -> str:
-    """A lock of wheels as environments and images are made from."""
+    """A lock of wheels, or of source packages, as environments and images are made from."""
     lines = [f"# python {python}\n"]
     for wheel in wheels:
-        name, version, _ = wheel.name.split("-", 2)
+        name, version = wheel.name.removesuffix(".tar.gz").split("-")[:2]
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         lines.append(f"{name}=={version} \\\n    --hash=sha256:{digest}\n")
     return "".join(lines)

@@ -15,7 +15,9 @@ from flops.adapters.images.bytecode import compile_modules
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.uv_program import UvProgram, uv_error, with_site_packages
+from flops.command import Completed
 from flops.core.images import BaseImage, Layer
+from flops.core.platforms import Platform
 from flops.core.resolution import essence, locked_versions
 from flops.durable_file import file_error
 from flops.errors import ErrorCode, FlopsError
@@ -24,6 +26,8 @@ from flops.package_ports import SitePackages
 
 ENVIRONMENT = "/opt/env"
 _LIBC = "manylinux_2_28"  # Debian 10, RHEL 8, and what is newer
+_UNSOLVED = "No solution found when resolving dependencies"
+_SOURCE_ONLY = "building from source is disabled"  # uv's words for a package that has no wheel it can use
 _OF_THIS_MACHINE = ("uv_cache.json", "direct_url.json")
 _WITH_NOTES_OF_IT = re.compile(r"(?:bin/|[^/]+\.dist-info/(?:uv_cache|direct_url)\.json).*\n")
 
@@ -93,13 +97,8 @@ def dependency_layer(
         done = with_site_packages(
             uv, near, lock, lambda uv: uv.run(command, notes, timeout_s, watch, [descriptor]), report
         )
-        if "No solution found" in done.errors:
-            raise FlopsError(
-                ErrorCode.DEPENDENCIES_UNRESOLVABLE,
-                f"There are no wheels of all dependencies for {base.platform}: {essence(done.errors)}",
-                hint="Require versions that have wheels for it, or take it out of supported_platforms.",
-                details={"output": done.errors[-4_000:], "platform": base.platform.value},
-            )
+        if _UNSOLVED in done.errors:
+            raise _no_wheels(done, base.platform)
         if done.exit_code != 0:
             error = uv_error(done, f"The dependencies cannot be installed for {base.platform}")
             if error.code is ErrorCode.ENVIRONMENT_BUILD_FAILED:
@@ -108,6 +107,23 @@ def dependency_layer(
 
     key = key_of("dependencies", path, lock, base.platform, base.python, base.interpreter, _LIBC)
     return cache.layer(key, what, make, report)
+
+
+def _no_wheels(done: Completed, platform: Platform) -> FlopsError:
+    """What to tell users of a requirement that has no wheel for a platform, or none at all."""
+    hint = "Require versions that have wheels for it, or take it out of supported_platforms."
+    if _SOURCE_ONLY in done.errors:
+        hint = (
+            "No source package is built into an image: require versions that have wheels, or have the "
+            "project run from environments (packaging: environment), for which nodes build source packages."
+        )
+    explanation = done.errors[done.errors.index(_UNSOLVED) :]
+    return FlopsError(
+        ErrorCode.DEPENDENCIES_UNRESOLVABLE,
+        f"There are no wheels of all dependencies for {platform}: {essence(explanation)}",
+        hint=hint,
+        details={"output": done.errors[-4_000:], "platform": platform.value},
+    )
 
 
 def _tidy(site: Path) -> None:
