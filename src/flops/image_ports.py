@@ -61,10 +61,32 @@ class NamedImages(Protocol):
         """
         ...
 
+    def remove(self, name: str) -> None:
+        """Forget a name; an unknown one is no error."""
+        ...
+
     def parts(self, image: Descriptor) -> dict[Digest, int]:
         """Everything an image is made of, each with its size in bytes.
 
         Raises: FlopsError: ``not_found``, ``image_damaged``.
+        """
+        ...
+
+
+class ImageEngine(Protocol):
+    """Takes in images, to run containers of them."""
+
+    def load(self, reference: ImageReference, image: Descriptor) -> str:
+        """Take in an image, unless it is there; returns the name to run it by.
+
+        Raises: FlopsError: ``image_damaged``, ``disk_full``, ``unreachable``, ``timeout``.
+        """
+        ...
+
+    def unload(self, reference: ImageReference, image: Descriptor) -> bool:
+        """Remove an image that was taken in; False, and it stays, while a container uses it.
+
+        Raises: FlopsError: ``unreachable``, ``timeout``.
         """
         ...
 

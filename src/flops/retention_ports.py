@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,11 +25,30 @@ class Cached:
     used_at_s: float
 
 
+@dataclass(frozen=True)
+class KeptBlob:
+    """A blob on the disk.
+
+    Args:
+        digest: names it.
+        size_bytes: what is given back when it goes.
+        used_at_s: when it was used last, seconds since the epoch.
+    """
+
+    digest: Digest
+    size_bytes: int
+    used_at_s: float
+
+
 class KeptBlobs(Protocol):
     """Blobs, as they are swept. Each has a time of last use: it was stored again, asked for, or read."""
 
     def digests(self) -> list[Digest]:
         """Every blob there is."""
+        ...
+
+    def kept(self) -> list[KeptBlob]:
+        """Every blob there is, with its size and last use; to look is no use."""
         ...
 
     def remove_unless_used(self, digest: Digest, since_s: float) -> int:
@@ -41,8 +60,29 @@ class KeptBlobs(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RegisteredImage:
+    """What a name in the registry has.
+
+    Args:
+        name: of the image, without registry and tag.
+        tags: sorted.
+        digest: of what the last tag leads to; "" when there is none.
+        platforms: what it is there for, sorted.
+        parts: everything it is made of, each with its size in bytes.
+        used_at_s: when it was pushed or asked for last, seconds since the epoch.
+    """
+
+    name: str
+    tags: tuple[str, ...]
+    digest: str
+    platforms: tuple[str, ...]
+    parts: Mapping[Digest, int]
+    used_at_s: float
+
+
 class RegisteredImages(Protocol):
-    """Names of images in the control plane's registry."""
+    """Images in the control plane's registry, by name."""
 
     def names(self) -> list[str]:
         """All names that have images, sorted."""
@@ -52,6 +92,24 @@ class RegisteredImages(Protocol):
         """Remove everything of a name; its blobs go when nobody else needs them.
 
         Raises: FlopsError: ``file_unreadable``, ``disk_full``.
+        """
+        ...
+
+    def describe(self, name: str) -> RegisteredImage:
+        """What a name has; of an unknown one, nothing. To look is no use."""
+        ...
+
+    def collect_garbage(self, since_s: float, among: Collection[Digest] | None = None) -> int:
+        """Remove blobs that no image has, and that nobody sent or asked for since then.
+
+        Blobs come before what names them: `since_s` is longer ago than any push takes.
+
+        Args:
+            since_s: seconds since the epoch.
+            among: of no other blobs; None for all.
+
+        Returns:
+            The bytes given back.
         """
         ...
 

@@ -82,6 +82,9 @@ class ControlSettings(Settings):
         description="index from which the cluster fetches packages for its nodes; each fetches by itself if "
         "not given",
     )
+    registry_mb: int = Field(
+        51_200, ge=0, description="size in MiB beyond which images leave the registry that nothing uses"
+    )
     max_blob_mb: int = Field(16_384, ge=1, description="largest repository, lock or model taken in, in MiB")
     keep_logs_projects: int = Field(200, ge=0, description="of how many ended projects output is kept")
     keep_logs_days: float = Field(30.0, ge=0, description="how many days it is kept after a project's end")
@@ -115,6 +118,7 @@ class NodeSettings(Settings):
         11_027, ge=0, le=65_535, description="port of the ML data server; a free one if taken"
     )
     cache_mb: int = Field(20_480, ge=0, description="disk for cached environments and bundles, in MiB")
+    image_cache_mb: int = Field(20_480, ge=0, description="disk for parts of images, in MiB")
     uv_cache_mb: int | None = Field(None, ge=0, description="size in MiB beyond which uv's cache is emptied")
     container_socket: Path | None = Field(
         None, description="socket of Docker or Podman; found if not given; DOCKER_HOST"

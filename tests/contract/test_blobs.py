@@ -144,6 +144,9 @@ def test_a_blob_is_removed_unless_it_was_used(
         os.utime(path, (100, 100))
     use(blobs, digest)
     assert blobs.digests() == sorted([digest, other])
+    used_at_s = {blob.digest: blob.used_at_s for blob in blobs.kept()}
+    assert used_at_s[other] == 100.0
+    assert used_at_s[digest] > 1_000.0
     assert blobs.remove_unless_used(other, since_s=100.0) == 0
     assert blobs.remove_unless_used(other, since_s=101.0) > 0
     assert blobs.remove_unless_used(digest, since_s=101.0) == 0

@@ -307,7 +307,8 @@ class TestImages:
         blobs = FileBlobs(tmp_path / "blobs")
         images = EngineImages(any_engine, blobs)
         reference = parse_reference("localhost:5000/flops/learner:one")
-        name = images.load(reference, make_image(blobs, "/opt/of-the-image", "/srv/too"))
+        image = make_image(blobs, "/opt/of-the-image", "/srv/too")
+        name = images.load(reference, image)
         assert name == "localhost:5000/flops/learner:one"
         programs = ("/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix)  # the image has no Python
         code = f"import os; print(os.listdir('/opt'), os.listdir('/srv'), os.getuid()); {SLEEP}"
@@ -316,9 +317,9 @@ class TestImages:
         runtime.start(S1, argv, {}, tmp_path / "work", Resources(memory_mb=200), reach)
         until(lambda: "up" in runtime.output(S1))
         assert runtime.output(S1).startswith("['of-the-image'] ['too'] 65532\n")
-        assert not images.remove(name)
+        assert not images.unload(reference, image)
         runtime.remove(S1)
-        assert images.remove(name)
+        assert images.unload(reference, image)
         assert any_engine.image(name) is None
 
     def test_an_image_under_a_name_that_another_had_takes_its_place(
@@ -327,11 +328,12 @@ class TestImages:
         blobs = FileBlobs(tmp_path / "blobs")
         images = EngineImages(any_engine, blobs)
         reference = parse_reference("localhost:5000/flops/learner:moved")
-        names = [images.load(reference, make_image(blobs, layer)) for layer in ("one", "two", "two")]
+        made = [make_image(blobs, layer) for layer in ("one", "two", "two")]
+        names = [images.load(reference, image) for image in made]
         assert len(set(names)) == 1
         layers = (any_engine.image(names[0]) or {})["RootFS"]["Layers"]
         assert layers == [f"sha256:{make_layer(blobs, 'two').diff_id}"]
-        assert images.remove(names[0])
+        assert images.unload(reference, made[-1])
 
     def test_a_damaged_layer_ends_the_hand_over_and_the_next_try_works(
         self, any_engine: ContainerEngine, tmp_path: Path
@@ -350,7 +352,8 @@ class TestImages:
         assert bad[:12] in caught.value.message
         assert any_engine.image(str(reference)) is None
         file.write_bytes(whole)
-        assert images.remove(images.load(reference, image))
+        images.load(reference, image)
+        assert images.unload(reference, image)
 
     def test_layers_that_the_engine_has_are_not_sent_again(
         self, any_engine: ContainerEngine, tmp_path: Path
@@ -358,15 +361,19 @@ class TestImages:
         blobs = FileBlobs(tmp_path / "blobs")
         engine = CountingEngine(any_engine.socket)
         images = EngineImages(engine, blobs)
-        one, two = (make_image(blobs, "system", "packages", code, size=100_000) for code in ("one", "two"))
-        names = [
-            images.load(parse_reference(f"localhost:5000/flops/{name}:1"), image)
-            for name, image in (("one", one), ("two", two), ("two", two))
-        ]
+        made = {
+            parse_reference(f"localhost:5000/flops/{code}:1"): make_image(
+                blobs, "system", "packages", code, size=100_000
+            )
+            for code in ("one", "two")
+        }
+        for reference, image in made.items():
+            images.load(reference, image)
+            images.load(reference, image)
         first, second = engine.sent
         assert first > 300_000
         assert second < 120_000
-        assert all(images.remove(name) for name in set(names))
+        assert all(images.unload(reference, image) for reference, image in made.items())
 
     def test_layers_that_the_engine_has_lost_meanwhile_are_sent(
         self, any_engine: ContainerEngine, tmp_path: Path
@@ -376,10 +383,11 @@ class TestImages:
         images = EngineImages(engine, blobs)
         one, two = (make_image(blobs, "system", code, size=100_000) for code in ("one", "two"))
         engine.removed_next = images.load(parse_reference("localhost:5000/flops/one:1"), one)
-        name = images.load(parse_reference("localhost:5000/flops/two:1"), two)
+        reference = parse_reference("localhost:5000/flops/two:1")
+        images.load(reference, two)
         _, partial, whole = engine.sent
         assert partial < 120_000 < 200_000 < whole
-        assert images.remove(name)
+        assert images.unload(reference, two)
 
     def test_an_index_is_no_image(self, any_engine: ContainerEngine, tmp_path: Path) -> None:
         blobs = FileBlobs(tmp_path / "blobs")

@@ -224,7 +224,7 @@ def test_every_endpoint_is_explained() -> None:
         raise NotImplementedError
 
     with played_cluster() as cluster:
-        app = build_app(cluster.engine, token="t", status=status, blobs=cluster.blobs)
+        app = build_app(cluster.engine, token="t", status=status, blobs=cluster.blobs, images=cluster.shelf())
         paths = app.openapi()["paths"]
     endpoints = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert endpoints == {key for key in rows("api.md") if re.match(r"(GET|POST|PUT|DELETE) ", key)}

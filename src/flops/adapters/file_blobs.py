@@ -25,6 +25,7 @@ from typing import BinaryIO
 from flops.core.ids import Digest
 from flops.durable_file import sync_folder
 from flops.errors import ErrorCode, FlopsError
+from flops.retention_ports import KeptBlob
 
 _CHUNK_BYTES = 1_048_576
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -156,6 +157,15 @@ class FileBlobs:
         return sorted(
             Digest(path.name) for path in self._folder.glob(pattern) if _DIGEST.fullmatch(path.name)
         )
+
+    def kept(self) -> list[KeptBlob]:
+        """Every blob there is, with its size on the disk and its last use."""
+        found = []
+        for digest in self.digests():
+            with contextlib.suppress(FileNotFoundError):
+                status = self._path_of(digest).stat()
+                found.append(KeptBlob(digest, status.st_blocks * 512, status.st_atime))
+        return found
 
     def remove(self, digest: Digest) -> None:
         """Remove a blob; nothing happens when it is not there. Who reads it may finish."""

@@ -14,6 +14,7 @@ from flops.cli.cluster_commands import mock_data, node, tracking
 from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
 from flops.cli.doctor import doctor
+from flops.cli.image_commands import image
 from flops.cli.model_commands import model
 from flops.cli.output import (
     FormatOption,
@@ -42,6 +43,7 @@ app.add_typer(mock_data, name="m", hidden=True)
 app.add_typer(node, name="node")
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")
+app.add_typer(image, name="image")
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of all state [FLOPS_HOME].")]
 _ADDRESSES = ("manager_url", "cluster_address", "tracking_url")

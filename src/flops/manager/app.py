@@ -18,6 +18,7 @@ from flops.core.sla import MockDataSla, ProjectSla
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.engine import Engine
 from flops.manager.gate import Gate, error_response
+from flops.manager.images import ImageShelf
 from flops.manager.routes import build_routes
 from flops.ports import BlobStreams
 from flops.wire.rest import ControlStatus, ErrorBody, Message
@@ -27,7 +28,12 @@ _SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def build_app(
-    engine: Engine, *, token: str, status: Callable[[], ControlStatus], blobs: BlobStreams
+    engine: Engine,
+    *,
+    token: str,
+    status: Callable[[], ControlStatus],
+    blobs: BlobStreams,
+    images: ImageShelf,
 ) -> FastAPI:
     """Build the REST application.
 
@@ -37,6 +43,7 @@ def build_app(
         token: the admin token.
         status: tells the state of the control plane; quick, and called on several threads.
         blobs: take the datasets that users send along.
+        images: those in the registry.
     """
     app = FastAPI(
         title="FLOps",
@@ -52,7 +59,7 @@ def build_app(
         """Says that the manager runs."""
         return Message(message="ok")
 
-    app.include_router(build_routes(engine, status, blobs))
+    app.include_router(build_routes(engine, status, blobs, images))
     _describe(app)
 
     @app.get("/openapi/openapi.json", include_in_schema=False)

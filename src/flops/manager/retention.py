@@ -14,12 +14,11 @@ from flops.core.mock_progress import RUNNING
 from flops.core.retention import Entry, Limits, choose_victims
 from flops.errors import FlopsError
 from flops.ports import Clock, Orchestrator, ProjectStore
-from flops.retention_ports import KeptBlobs, RegisteredImages
+from flops.retention_ports import KeptBlobs
 
 _log = logging.getLogger(__name__)
 
 DAY_S = 86_400.0
-_PROJECTS_IMAGE = re.compile(r"flops/(?P<project>[0-9a-f]{12})/[a-z]+")  # as builders name them
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -39,21 +38,6 @@ class RetentionOptions:
     keep_logs_s: float = 30 * DAY_S
     interval_s: float = 600.0
     unreferenced_s: float = 3_600.0
-
-
-def forget_images(store: ProjectStore, images: RegisteredImages) -> None:
-    """Remove the images of deleted projects from the registry; others' images stay.
-
-    Raises:
-        FlopsError: a name cannot be removed; it goes with the next sweep.
-    """
-    names = images.names()  # before the projects are read: who pushes exists
-    known = {project.id for project in store.all()}
-    for name in names:
-        owner = _PROJECTS_IMAGE.fullmatch(name)
-        if owner is not None and owner["project"] not in known:
-            images.forget(name)
-            _log.info("removed %s from the registry: its project is gone", name)
 
 
 class Retention:

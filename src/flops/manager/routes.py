@@ -19,12 +19,14 @@ from flops.errors import ErrorCode, FlopsError
 from flops.manager.bodies import read_json_object, receive_blob
 from flops.manager.engine import Engine
 from flops.manager.event_stream import stream_events
+from flops.manager.images import ImageShelf
 from flops.manager.project_logs import read_logs
 from flops.ports import BlobStreams
 from flops.wire.rest import (
     BlobStored,
     ControlStatus,
     DeployRequest,
+    ImageList,
     Message,
     MockDataCreated,
     MockDataList,
@@ -34,6 +36,7 @@ from flops.wire.rest import (
     ProjectCreated,
     ProjectList,
     ProjectLogs,
+    PrunedImages,
     ServiceList,
     TrackingServer,
 )
@@ -52,12 +55,15 @@ def _json_body(schema: dict[str, Any], *, is_required: bool = True) -> dict[str,
     return {"requestBody": {"required": is_required, "content": {"application/json": {"schema": schema}}}}
 
 
-def build_routes(engine: Engine, status: Callable[[], ControlStatus], blobs: BlobStreams) -> APIRouter:
+def build_routes(
+    engine: Engine, status: Callable[[], ControlStatus], blobs: BlobStreams, images: ImageShelf
+) -> APIRouter:
     """All endpoints below ``/api/flops``."""
     router = APIRouter(prefix="/api/flops")
     _add_projects(router, engine)
     _add_project_actions(router, engine)
     _add_models(router, engine)
+    _add_images(router, images)
     _add_mock_data(router, engine)
     _add_cluster(router, engine, status)
     _add_administration(router, engine, blobs)
@@ -151,6 +157,20 @@ def _add_models(router: APIRouter, engine: Engine) -> None:
     def undeploy_model(name: str) -> Deployment:
         """Stop what serves the model. Its address is kept for the next version."""
         return deployments.undeploy(name)
+
+
+def _add_images(router: APIRouter, images: ImageShelf) -> None:
+    @router.get("/images", tags=["images"])
+    def list_images() -> ImageList:
+        """Images in the control plane's registry, used last first, and what uses them."""
+        return images.all()
+
+    @router.post("/images/prune", tags=["images"])
+    def prune_images(
+        dry_run: Annotated[bool, Query(description="only say what would be removed")] = False,
+    ) -> PrunedImages:
+        """Remove all images that no project in progress and no deployed model uses."""
+        return images.prune(is_dry_run=dry_run)
 
 
 def _add_mock_data(router: APIRouter, engine: Engine) -> None:

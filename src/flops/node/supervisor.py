@@ -163,7 +163,7 @@ class Supervisor:
             return list(self._runners)
 
     def digests_in_use(self) -> frozenset[str]:
-        """Bundles and environments of services that run, will run, or are about to end."""
+        """Bundles, environments and images of services that run, will run, or are about to end."""
         with self._lock:
             self._forget_removals()
             specs = [runner.spec for _, runner in self._removals.values()]
@@ -173,7 +173,8 @@ class Supervisor:
                 if runner.is_active or not runner.status.state.is_final
             ]
         digests = {d for spec in specs for d in (spec.bundle, spec.environment, spec.model_environment)}
-        return frozenset(digest for digest in digests if digest is not None)
+        images = {spec.image.rpartition("@sha256:")[2] for spec in specs if spec.image}
+        return frozenset(digest for digest in digests if digest is not None) | images
 
     def specs(self) -> dict[ServiceId, ServiceSpec]:
         """What the services are."""

@@ -11,8 +11,9 @@ No part of a name begins with an underscore, so names may contain each other. Fi
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from flops.core.ids import Digest
@@ -21,6 +22,7 @@ from flops.durable_file import file_error, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import KeptImageBlobs
 from flops.registry.refusals import RefusedError
+from flops.retention_ports import RegisteredImage
 
 _MANIFESTS, _TAGS = "_manifests", "_tags"
 
@@ -62,8 +64,11 @@ class Repositories:
         """
         digest = self._digest_of(name, version)
         try:
-            media_type = (self._folder / name / _MANIFESTS / digest).read_text()
-            return digest, media_type, self._blobs.get(digest)
+            record = self._folder / name / _MANIFESTS / digest
+            media_type = record.read_text()
+            data = self._blobs.get(digest)
+            os.utime(record)  # says when it was used last
+            return digest, media_type, data
         except FileNotFoundError:
             raise _unknown(name, version) from None
         except FlopsError as exc:
@@ -110,10 +115,34 @@ class Repositories:
         ]
         return sorted(found)
 
-    def collect_garbage(self, since_s: float) -> int:
+    def describe(self, name: str) -> RegisteredImage:
+        """What a name has; of an unknown one, nothing."""
+        parts: dict[Digest, int] = {}
+        platforms: set[str] = set()
+        used_at_s = 0.0
+        for entry in _entries(self._folder / name / _MANIFESTS):
+            with contextlib.suppress(FlopsError, FileNotFoundError):  # damaged, or removed meanwhile
+                used_at_s = max(used_at_s, (self._folder / name / _MANIFESTS / entry).stat().st_mtime)
+                data = self._blobs.get(Digest(entry))
+                manifest = read_manifest(data)
+                parts[Digest(entry)] = len(data)
+                parts |= {part.digest: part.size for part in _parts(manifest)}
+                platforms |= {part.platform for part in _parts(manifest) if part.platform}
+        tags = self.tags(name)
+        with contextlib.suppress(RefusedError, IndexError):
+            return RegisteredImage(
+                name, tuple(tags), self._digest_of(name, tags[-1]), tuple(sorted(platforms)), parts, used_at_s
+            )
+        return RegisteredImage(name, (), "", tuple(sorted(platforms)), parts, used_at_s)
+
+    def collect_garbage(self, since_s: float, among: Collection[Digest] | None = None) -> int:
         """Remove blobs that no manifest names, and that nobody sent or asked for since then.
 
         Blobs come before the manifest that names them: `since_s` is longer ago than any push takes.
+
+        Args:
+            since_s: seconds since the epoch.
+            among: of no other blobs; None for all.
 
         Returns:
             The bytes given back.
@@ -121,7 +150,7 @@ class Repositories:
         used = self._used()
         return sum(
             self._blobs.remove_unless_used(digest, since_s)
-            for digest in self._blobs.digests()
+            for digest in (self._blobs.digests() if among is None else among)
             if digest not in used
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from flops.adapters.memory_blobs import MemoryBlobs
 from flops.adapters.memory_orchestrator import MemoryOrchestrator
 from flops.adapters.memory_repos import MemoryRepos
 from flops.adapters.memory_store import MemoryProjectStore
+from flops.adapters.system_clock import SystemClock
 from flops.core.cluster import (
     IMAGE_BUILDER_ADDON,
     LEARNER_ADDON,
@@ -22,13 +23,15 @@ from flops.core.cluster import (
     NodeFacts,
     ServiceState,
 )
-from flops.core.ids import EnvironmentKey, NodeId, ProjectId, ServiceId
+from flops.core.ids import Digest, EnvironmentKey, NodeId, ProjectId, ServiceId
 from flops.core.project import Environment, Participant, Project, Round, TrainedModel
 from flops.core.sla import ProjectSla, parse_project_sla
 from flops.deployment_ports import ManagerStore
 from flops.manager.engine import Engine
+from flops.manager.images import ImageShelf
 from flops.manager.options import EngineOptions
 from flops.ports import Blobs
+from flops.retention_ports import RegisteredImage, RegisteredImages
 from flops.testing.linked_orchestrator import LinkedOrchestrator
 from flops.tracker_port import Tracker
 
@@ -93,6 +96,25 @@ def sla_with(**training: Any) -> ProjectSla:
     return parse_project_sla(raw_sla(**training))
 
 
+class NoImages:
+    """Implements `flops.retention_ports.RegisteredImages`: a registry to which nobody pushes."""
+
+    def names(self) -> list[str]:
+        """None."""
+        return []
+
+    def describe(self, name: str) -> RegisteredImage:
+        """Nothing."""
+        return RegisteredImage(name, (), "", (), {}, 0.0)
+
+    def forget(self, name: str) -> None:
+        """Nothing to do."""
+
+    def collect_garbage(self, since_s: float, among: Collection[Digest] | None = None) -> int:
+        """Nothing to give back."""
+        return 0
+
+
 class PlayedCluster:
     """An engine, and the nodes' side of its projects.
 
@@ -136,6 +158,14 @@ class PlayedCluster:
         self.engine.close()
         self.engine = self._new_engine()
         self.engine.start()
+
+    def shelf(self, images: RegisteredImages | None = None, *, max_bytes: int = 10**12) -> ImageShelf:
+        """Who looks after the images in a registry, or after none."""
+        lock = self.engine.deployments.lock
+        images = images if images is not None else NoImages()
+        return ImageShelf(
+            self.store, self.orchestrator, images, SystemClock(), max_bytes=max_bytes, deploying=lock
+        )
 
     def wait(self, project_id: ProjectId, condition: Callable[[Project], bool]) -> Project:
         """Wait until the project meets a condition; fails the test at the deadline."""

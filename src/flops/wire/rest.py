@@ -21,6 +21,8 @@
 | POST /api/flops/models/{name}/deployment | `DeployRequest`, optional | `Deployment` |
 | POST /api/flops/models/{name}/deployment/rollback | | `Deployment` |
 | DELETE /api/flops/models/{name}/deployment | | `Deployment` |
+| GET /api/flops/images | | `ImageList` |
+| POST /api/flops/images/prune?dry_run=false | | `PrunedImages` |
 | GET /api/flops/tracking | `{"customerID"}` as body or query, optional | `TrackingServer` |
 | DELETE /api/flops/database | | `Message` |
 | DELETE /api/flops/registry | | `Message` |
@@ -166,6 +168,37 @@ class DeployRequest(StrictValue):
     version: str | None = None
     node: Annotated[str, Field(min_length=1)] | None = None
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+
+
+class Image(Value):
+    """An image in the control plane's registry."""
+
+    name: str
+    project_id: str = ""  # whose it is; "" for an image that others pushed
+    tags: tuple[str, ...] = ()
+    digest: str = ""
+    platforms: tuple[str, ...] = ()
+    size_bytes: int
+    own_bytes: int  # of it, what no other image has: given back when only this one goes
+    used_at_s: float  # when it was pushed or asked for last
+    use: str = ""  # why it stays, a few words; "" when nothing uses it
+
+
+class ImageList(Value):
+    """Images in the control plane's registry, used last first."""
+
+    images: tuple[Image, ...]
+    size_bytes: int  # of all; a part that several have counts once
+    max_bytes: int  # beyond it, those go that were used longest ago
+
+
+class PrunedImages(Value):
+    """What was removed from the registry, or would be."""
+
+    images: tuple[Image, ...]
+    size_bytes: int  # of the parts that no other image has
+    freed_bytes: int  # of them, what is given back already; the rest, used just now, goes within the hour
+    is_dry_run: bool
 
 
 class TrackingServer(Value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -38,8 +37,9 @@ from flops.durable_file import keep_token, remove_unfinished
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
+from flops.manager.images import ImageShelf
 from flops.manager.options import EngineOptions
-from flops.manager.retention import DAY_S, Retention, RetentionOptions, forget_images
+from flops.manager.retention import DAY_S, Retention, RetentionOptions
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.packages import PackageCache
@@ -80,6 +80,23 @@ def _open_packages(
     parts.callback(index.close)
     cache = PackageCache(index, FileBlobs(settings.control_dir / PACKAGES_FOLDER), blobs, SystemClock())
     return cache.routes(), (cache.shrink,)
+
+
+def _open_shelf(
+    settings: ControlSettings,
+    store: SqlProjectStore,
+    images: Repositories,
+    engine: Engine,
+    orchestrator: ClusterOrchestrator,
+) -> ImageShelf:
+    return ImageShelf(
+        store,
+        orchestrator,
+        images,
+        SystemClock(),
+        max_bytes=settings.registry_mb * 1024**2,
+        deploying=engine.deployments.lock,
+    )
 
 
 def _engine_options(settings: ControlSettings, tracking_uri: str) -> EngineOptions:
@@ -161,13 +178,14 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
             projects_total=len(projects),
         )
 
-    app = build_manager_app(engine, token=token, status=status, blobs=blobs)
+    shelf = _open_shelf(settings, store, images, engine, orchestrator)
+    app = build_manager_app(engine, token=token, status=status, blobs=blobs, images=shelf)
     manager = HttpServer(app, settings.host, ports.wanted("manager", settings.manager_port))
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
-    others = [repos.sweep, *sweeps]
-    retention = _build_retention(settings, (store, orchestrator, blobs, clock), images, others)
+    others = [repos.sweep, shelf.tidy, *sweeps]
+    retention = _build_retention(settings, (store, orchestrator, blobs, clock), others)
     parts.callback(retention.close)
     retention.start()
     manager.start()
@@ -178,7 +196,6 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 def _build_retention(
     settings: ControlSettings,
     parts: tuple[SqlProjectStore, ClusterOrchestrator, FileBlobs, SystemClock],
-    images: Repositories,
     others: Sequence[Callable[[], None]],
 ) -> Retention:
     folder = settings.control_dir
@@ -189,5 +206,4 @@ def _build_retention(
             remove_unfinished(place, clock.now_s() - _WRITING_MOST_S)
 
     options = RetentionOptions(settings.keep_logs_projects, settings.keep_logs_days * DAY_S)
-    forget = functools.partial(forget_images, parts[0], images)
-    return Retention(*parts, options, (*others, remove_leftovers, forget))
+    return Retention(*parts, options, (*others, remove_leftovers))

@@ -54,7 +54,7 @@ from flops.node.daemon import DaemonFacts, NodeDaemon
 from flops.node.home import keep_node_id, only_daemon
 from flops.node.images import NodeImages, shrink_images
 from flops.node.paths import NodePaths
-from flops.node.preparation import NodeSite, Preparer, Report
+from flops.node.preparation import NodeSite, Preparer
 from flops.node.service_environment import service_environment
 from flops.node.service_runtimes import ServiceRuntimes
 from flops.node.session import NodeView
@@ -100,19 +100,13 @@ def node_parts(paths: NodePaths) -> NodeParts:
     limit_mb = NodeSettings.read().uv_cache_mb
     limit = None if limit_mb is None else limit_mb * 1024**2
     downloads = UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit)
-    images = FileBlobs(paths.images, is_oci_layout=True)
     conf = NodeConfiguration(node_conf_file(paths).load())
-
-    def shrink(is_disk_low: bool) -> None:
-        downloads.shrink(is_disk_low)
-        shrink_images(images, SystemClock().now_s(), is_disk_low)
-
     return NodeParts(
         environments=open_environments(paths.environments, _blobs_url(conf)),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
         caches=(EnvironmentFolders(paths.environments),),
-        shrink_downloads=shrink,
+        shrink_downloads=downloads.shrink,
     )
 
 
@@ -183,7 +177,9 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     fetch = HttpBlobClient(blobs_url, tls).fetch
     bundles = BundleStore(paths.bundles, fetch)
     access = _data_access(paths.data_server, site.host)
-    bring_image = _image_source(paths, conf.cluster, tls) if conf.prefers_containers else None
+    image_blobs = FileBlobs(paths.images, is_oci_layout=True)
+    images = _open_images(paths, image_blobs, conf.cluster, tls) if conf.prefers_containers else None
+    bring_image = images.bring if images is not None else None
     preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image)
     supervisor = Supervisor(paths.services, preparer, services)
     view = NodeView(
@@ -212,7 +208,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         NodeSettings.read().cache_mb * 1024**2,
         paths.home,
         clock,
-        parts.shrink_downloads,
+        _shrinking(parts.shrink_downloads, image_blobs, images, supervisor),
     )
     return NodeDaemon(facts, supervisor, addons, agent, caches, services, clock)
 
@@ -235,18 +231,36 @@ def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[Runtime, R
     )
 
 
-def _image_source(paths: NodePaths, cluster: str, tls: ssl.SSLContext | None) -> Callable[[str, Report], str]:
-    """Brings images from the cluster's registry, and others, to the container engine."""
-    blobs = FileBlobs(paths.images, is_oci_layout=True)
-    images = NodeImages(
+def _open_images(paths: NodePaths, blobs: FileBlobs, cluster: str, tls: ssl.SSLContext | None) -> NodeImages:
+    """Images from the cluster's registry, and from others, in the container engine."""
+    return NodeImages(
         open_registry(frozenset({cluster} if tls is None else ()), tls),
         blobs,
         ImageLayout(paths.images, blobs),
-        EngineImages(ContainerEngine(container_socket()), blobs).load,
+        EngineImages(ContainerEngine(container_socket()), blobs),
         cluster=cluster,
         platform=Platform.of(platform.machine()),
     )
-    return images.bring
+
+
+def _shrinking(
+    shrink_downloads: Callable[[bool], None],
+    blobs: FileBlobs,
+    images: NodeImages | None,
+    supervisor: Supervisor,
+) -> Callable[[bool], None]:
+    """What makes downloads and images smaller, and is told whether the disk is low."""
+    max_bytes = NodeSettings.read().image_cache_mb * 1024**2
+
+    def shrink(is_disk_low: bool) -> None:
+        shrink_downloads(is_disk_low)
+        in_use, now_s = supervisor.digests_in_use(), SystemClock().now_s()
+        needed = images.parts_in_use(in_use) if images is not None else ()
+        shrink_images(blobs, now_s, is_disk_low=is_disk_low, max_bytes=max_bytes, needed=needed)
+        if images is not None:
+            images.give_up(blobs, in_use, now_s, is_disk_low=is_disk_low)
+
+    return shrink
 
 
 def end_leftovers(paths: NodePaths) -> int:

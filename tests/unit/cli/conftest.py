@@ -13,6 +13,7 @@ import pytest
 from flops.adapters.http_server import HttpServer
 from flops.cli.flops import main
 from flops.manager.app import build_app
+from flops.retention_ports import RegisteredImages
 from flops.testing.projects import PlayedCluster, played_cluster
 from flops.wire.rest import ControlStatus
 
@@ -47,10 +48,17 @@ class Manager:
     def __init__(self, cluster: PlayedCluster) -> None:
         self.cluster = cluster
         self.port = 0
+        self.images: RegisteredImages | None = None
         self.start()
 
     def start(self) -> None:
-        app = build_app(self.cluster.engine, token=TOKEN, status=self.status, blobs=self.cluster.blobs)
+        app = build_app(
+            self.cluster.engine,
+            token=TOKEN,
+            status=self.status,
+            blobs=self.cluster.blobs,
+            images=self.cluster.shelf(self.images),
+        )
         self._server = HttpServer(app, "127.0.0.1", self.port)
         self._server.start()
         self.port = self._server.port

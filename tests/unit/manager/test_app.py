@@ -76,7 +76,9 @@ class Api:
 
     def __init__(self, cluster: PlayedCluster) -> None:
         self.cluster = cluster
-        app = build_app(cluster.engine, token=TOKEN, status=_status, blobs=cluster.blobs)
+        app = build_app(
+            cluster.engine, token=TOKEN, status=_status, blobs=cluster.blobs, images=cluster.shelf()
+        )
         self.server = HttpServer(app, "127.0.0.1", 0)
         self.server.start()
         self.url = f"http://127.0.0.1:{self.server.port}"

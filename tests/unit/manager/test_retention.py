@@ -14,9 +14,7 @@ from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.system_clock import SystemClock
 from flops.core.ids import Digest
 from flops.core.project import MockData, Stage
-from flops.manager.retention import Retention, RetentionOptions, forget_images
-from flops.registry.repositories import Repositories
-from flops.testing.images import make_image
+from flops.manager.retention import Retention, RetentionOptions
 from flops.testing.projects import PlayedCluster, played_cluster, sla_with
 from flops.testing.waiting import until
 
@@ -52,19 +50,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
     blobs = FileBlobs(tmp_path)
     with played_cluster(blobs=blobs) as cluster:
         yield Site(tmp_path, cluster, blobs)
-
-
-def test_the_registry_keeps_no_images_of_deleted_projects(site: Site, tmp_path: Path) -> None:
-    project_id = site.cluster.engine.submit(sla_with()).id
-    blobs = FileBlobs(tmp_path / "images")
-    images = Repositories(tmp_path / "names", blobs)
-    image = make_image(blobs, "layer")
-    kept = [f"flops/{project_id}/learner", "flops/base", "others/0123456789ab/learner"]
-    for name in (*kept, "flops/0123456789ab/learner", "flops/0123456789ab/model"):
-        images.put(name, blobs.get(image.digest), image.media_type, "v1")
-    forget_images(site.cluster.store, images)
-    assert images.names() == sorted(kept)
-    assert images.tags("flops/0123456789ab/model") == []
 
 
 def test_what_a_project_refers_to_stays_until_it_is_deleted(site: Site) -> None:

@@ -26,7 +26,7 @@ _NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")  # an
 
 
 class EngineImages:
-    """Images that the engine has.
+    """Implements `flops.image_ports.ImageEngine`.
 
     Args:
         engine: the engine.
@@ -52,7 +52,7 @@ class EngineImages:
             raise FlopsError(
                 ErrorCode.IMAGE_DAMAGED, f"{reference} is an index of images, where one image is needed."
             )
-        name = f"{reference.host}/{reference.name}:{reference.tag or image.digest[:12] or DEFAULT_TAG}"
+        name = _engine_name(reference, image)
         layers = [f"sha256:{digest}" for digest in read_config(self._blobs.get(manifest.config.digest))[0]]
         try:
             if self._layers_of(name) != layers:
@@ -66,13 +66,13 @@ class EngineImages:
             raise FlopsError(code, f"The engine does not take in {name}: {exc.message}.") from exc
         return name
 
-    def remove(self, name: str) -> bool:
+    def unload(self, reference: ImageReference, image: Descriptor) -> bool:
         """Remove an image; whether it could be: not while a container uses it.
 
         Raises: FlopsError: ``unreachable``, ``timeout``.
         """
         try:
-            self._engine.remove_image(name)
+            self._engine.remove_image(_engine_name(reference, image))
         except EngineRefusedError:
             return False
         return True
@@ -99,6 +99,10 @@ class EngineImages:
     def _layers_of(self, name: str) -> list[str] | None:
         # What stays the same in every engine's store is what the layers unpack to.
         return ((self._engine.image(name) or {}).get("RootFS") or {}).get("Layers")
+
+
+def _engine_name(reference: ImageReference, image: Descriptor) -> str:
+    return f"{reference.host}/{reference.name}:{reference.tag or image.digest[:12] or DEFAULT_TAG}"
 
 
 def _archive(

@@ -18,7 +18,7 @@ from flops.core.ids import Digest
 from flops.core.images import Descriptor, Index, index_bytes, read_manifest
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
-from flops.image_ports import KeptImageBlobs
+from flops.image_ports import ImageBlobs
 
 _NAME = "org.opencontainers.image.ref.name"
 
@@ -31,7 +31,7 @@ class ImageLayout:
         blobs: its blobs.
     """
 
-    def __init__(self, root: Path, blobs: KeptImageBlobs) -> None:
+    def __init__(self, root: Path, blobs: ImageBlobs) -> None:
         self._root = root
         self._blobs = blobs
 
@@ -61,24 +61,6 @@ class ImageLayout:
         """Forget a name; an unknown one is no error."""
         with self._changed() as images:
             images.pop(name, None)
-
-    def prune(self, since_s: float) -> int:
-        """Remove parts that no name leads to and that were not used since then; returns the bytes given back.
-
-        A build uses what it makes and finds: nothing that one needs goes, if `since_s` is longer ago than any
-        build takes.
-
-        Raises:
-            FlopsError: ``image_damaged``: nothing is removed when it is not known what names lead to.
-        """
-        kept: set[Digest] = set()
-        for image in self.images().values():
-            kept |= self.parts(image).keys()
-        return sum(
-            self._blobs.remove_unless_used(digest, since_s)
-            for digest in self._blobs.digests()
-            if digest not in kept
-        )
 
     def parts(self, image: Descriptor) -> dict[Digest, int]:
         """Everything an image is made of, each with its size in bytes; of an index, all its images."""
