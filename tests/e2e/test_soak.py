@@ -31,7 +31,8 @@ PAUSE_S = 6.0  # between two kills, on average
 # Ends that kills may bring about; any other failure is a defect.
 EXCUSED = {ErrorCode.SERVICE_FAILED, ErrorCode.TOO_FEW_LEARNERS, ErrorCode.ROUND_FAILED}
 T = TypeVar("T")
-GROWTH_MB, GROWTH_FDS = 32.0, 8  # that a daemon may have after many projects
+# That a daemon may have after many projects; allocators keep some tens of MB, now more and now less.
+GROWTH_MB, GROWTH_FDS = 64.0, 8
 DISK_MB_EACH = 1.0  # that an ended project may keep: its records, logs, and the registered model
 
 

@@ -360,6 +360,23 @@ def test_a_large_upload_is_not_held_in_memory(server: ServerProcess) -> None:
     assert process.memory_info().rss - before < 320_000_000
 
 
+def test_memory_does_not_grow_with_what_is_read(server: ServerProcess) -> None:
+    import psutil
+
+    pid = json.loads((server.folder / "endpoint.json").read_text())["pid"]
+    with server.client() as client:
+        client.push(pa.table({"x": np.random.default_rng(1).random(1_000_000)}), "t")  # 8 MB
+
+        def read(times: int) -> int:
+            for _ in range(times):
+                _, batches = client.stream("t")
+                assert sum(batch.num_rows for batch in batches) == 1_000_000
+            return psutil.Process(pid).memory_info().rss
+
+        before = read(20)  # what the allocator keeps is there by now
+        assert read(100) - before < 64_000_000
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
 def test_a_full_disk_is_told_and_the_server_goes_on(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
