@@ -12,7 +12,7 @@ import pytest
 from flops.errors import ErrorCode
 from flops.testing.disk import small_disk
 from flops.testing.training_stage import AGGREGATOR, TrainingStage
-from flops.trainer import aggregator
+from flops.trainer import tier
 from flops.trainer.checkpoint import CheckpointStore
 
 LEFT_BYTES = 64 * 1024  # enough for what is told, and for no parameters
@@ -80,7 +80,7 @@ def test_a_full_disk_pauses_the_training_until_there_is_space(stage: TrainingSta
 def test_a_disk_that_stays_full_ends_the_training_which_can_go_on_later(
     stage: TrainingStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aggregator, "DISK_PATIENCE_S", 0.5)
+    monkeypatch.setattr(tier, "DISK_PATIENCE_S", 0.5)
     repo = waits_in_round_3(stage)
     context = stage.aggregator_context(stage.config(learners=1, rounds=4), repo)
     training = stage.train_in_thread(context)

@@ -24,6 +24,7 @@ KIT_MODULES = (
     "flops.wire.flight",
     "flops.wire.keepalive",
     "flops.trainer",
+    "flops.trainer.dialling",
     "flops.trainer.learner",
     "flops.trainer.loading",
     "flops.trainer.ml_repo",

@@ -72,6 +72,14 @@ class Images(Value):
     inference: str = ""  # of the trained model, once it is packaged
 
 
+class ClusterPlacement(Value):
+    """Which nodes of a cluster run its aggregator and its learners in a hierarchical training."""
+
+    name: str
+    aggregator: NodeId
+    learners: tuple[NodeId, ...]
+
+
 class Placement(Value):
     """Which node runs what. A node may stand more than once among the learners."""
 
@@ -79,22 +87,29 @@ class Placement(Value):
     learners: tuple[NodeId, ...]
     builder: NodeId | None = None  # None when nothing has to be built
     inference: NodeId | None = None  # None when not asked for
+    clusters: tuple[ClusterPlacement, ...] = ()  # of a hierarchical training; `learners` has all of theirs
+    left_out: dict[str, str] = Field(default_factory=dict)  # clusters that take no part: name -> why
 
 
 class Participant(Value):
-    """One learner's part in a round."""
+    """One learner's part in a round, or one cluster's part in a cycle of a hierarchical training."""
 
-    learner: str  # service id
+    learner: str  # service id; of a cluster that of its aggregator
     node: str  # node name
     rows: int = 0
     fit_s: float = 0.0
     evaluate_s: float = 0.0
     accuracy: float | None = None
     loss: float | None = None
+    cluster: str = ""  # the cluster's name
+    rounds: tuple[Round, ...] = ()  # of the cluster within this cycle, with its own learners
 
 
 class Round(Value):
-    """A finished round: the aggregated model's numbers over all learners' held-out rows."""
+    """A finished round: the aggregated model's numbers over all learners' held-out rows.
+
+    In a hierarchical training, a round of the root aggregator is a cycle.
+    """
 
     number: int
     accuracy: float | None = None
@@ -105,14 +120,29 @@ class Round(Value):
     duration_s: float = 0.0
 
 
+class ClusterState(Value):
+    """Where a cluster stands in a hierarchical training."""
+
+    name: str
+    aggregator: ServiceId
+    learners: tuple[ServiceId, ...]  # those of the present generation
+    generation: int = 1  # of the learners; grows when they are started anew for another address
+    address: str = ""  # of its aggregator; "" before it listens
+    is_joined: bool = False  # to the root aggregator
+    is_given_up: bool = False  # it will not come back by itself
+    round_now: int = 0  # counted over all cycles
+    rounds_done: int = 0
+
+
 class Training(Value):
-    """Progress of the training."""
+    """Progress of the training; a round is a cycle when it is hierarchical."""
 
     rounds_total: int
     round_now: int = 0  # the round in progress; equals rounds_total when done
     history: tuple[Round, ...] = ()
     learners: tuple[str, ...] = ()  # service ids that are joined right now
     best_round: int | None = None
+    clusters: tuple[ClusterState, ...] = ()  # of a hierarchical training, in the order of its placement
 
 
 class TrainedModel(Value):

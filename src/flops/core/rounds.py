@@ -13,6 +13,16 @@ from flops.core.sla import EarlyStopping, TargetMetric
 from flops.errors import ErrorCode, FlopsError
 
 
+class Terms(Value):
+    """What an aggregator calls its rounds, and those who take part in them."""
+
+    round: str = "Round"
+    learner: str = "learner"
+
+
+CYCLES = Terms(round="Cycle", learner="cluster")  # of an aggregator above those of clusters
+
+
 class Outcome(StrEnum):
     """What became of one learner's part in a round."""
 
@@ -65,7 +75,15 @@ def judge(parts: Iterable[Part], *, needed: int, working: int = 0, away: int = 0
     return Verdict.WAIT
 
 
-def failure_of(phase: str, number: int, parts: Sequence[Part], *, needed: int, waited_s: float) -> FlopsError:
+def failure_of(
+    phase: str,
+    number: int,
+    parts: Sequence[Part],
+    *,
+    needed: int,
+    waited_s: float,
+    terms: Terms = Terms(),
+) -> FlopsError:
     """The error of a phase that failed: the user's own error when there is one, else what each one did.
 
     Args:
@@ -74,6 +92,7 @@ def failure_of(phase: str, number: int, parts: Sequence[Part], *, needed: int, w
         parts: the latest part of each learner that was asked.
         needed: how many had to be done.
         waited_s: how long was waited for the missing ones.
+        terms: what rounds and learners are called.
     """
     done = sum(part.outcome is Outcome.DONE for part in parts)
     reasons = {part.learner: describe_part(part) for part in parts}
@@ -84,11 +103,14 @@ def failure_of(phase: str, number: int, parts: Sequence[Part], *, needed: int, w
             error.details.update(details | {"node": part.node, "learner": part.learner})
             return FlopsError(
                 error.code,
-                f"Round {number}, {phase}: {error.message}",
+                f"{terms.round} {number}, {phase}: {error.message}",
                 hint=error.hint,
                 details=error.details,
             )
-    told = "; ".join(f"{learner}: {reason}" for learner, reason in reasons.items()) or "no learner is joined"
+    told = (
+        "; ".join(f"{learner}: {reason}" for learner, reason in reasons.items())
+        or f"no {terms.learner} is joined"
+    )
     if parts and all(part.outcome in {Outcome.REFUSED, Outcome.DONE} for part in parts):
         code, wait = ErrorCode.ROUND_FAILED, ""
     elif any(part.outcome is Outcome.LATE for part in parts):
@@ -97,7 +119,8 @@ def failure_of(phase: str, number: int, parts: Sequence[Part], *, needed: int, w
         code, wait = ErrorCode.TOO_FEW_LEARNERS, f" within {waited_s:g} s"
     return FlopsError(
         code,
-        f"Round {number}, {phase}: {done} of the {needed} needed learners answered usably{wait} ({told}).",
+        f"{terms.round} {number}, {phase}: {done} of the {needed} needed {terms.learner}s answered "
+        f"usably{wait} ({told}).",
         details=details,
     )
 

@@ -38,7 +38,7 @@ class KillPoints:
         self._after(RoundStrategy, "aggregate_train", "aggregated", lambda _self, number, _replies: number)
         self._after(CheckpointStore, "_write", "file-written", lambda _self, path, _arrays: _number_of(path))
         self._after(CheckpointStore, "_append", "history-written", lambda _self, history: history[-1].number)
-        self._after(CheckpointStore, "save", "saved", lambda _self, _p, _s, history: history[-1].number)
+        self._after(CheckpointStore, "save", "saved", lambda _self, _p, _s, history, _o: history[-1].number)
         self._after(EventLog, "tell", "told", _number_told)
         self._after(KeptTracker, "log_round", "tracked", lambda _self, _run, record: record.number)
         self._after(aggregator, "keep_best", "best-kept")

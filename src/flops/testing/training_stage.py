@@ -169,6 +169,17 @@ class TrainingStage:
         context.save()
         return context
 
+    def cluster_context(self, number: int, *, learners: int = 2, **changes: Any) -> ActorContext:
+        """The context of the aggregator of a cluster below the aggregator, saved in its work folder."""
+        parent = {"address": self.address(), "token": LEARNER_TOKEN}
+        config = self.config(
+            learners=learners, **{"parent": parent, "cluster": f"cluster-{number}", **changes}
+        )
+        service, raw = f"{AGGREGATOR}-{number}", config.model_dump(mode="json")
+        context = self._context(service, f"node-of-cluster-{number}", self.root, raw)
+        context.save()
+        return context
+
     def start_aggregator(
         self, context: ActorContext, *kill_points: str, is_tracking_played: bool = True
     ) -> subprocess.Popen[bytes]:
@@ -180,7 +191,7 @@ class TrainingStage:
             ["flops.testing.played_aggregator"] if is_tracking_played else ["flops.wiring", "aggregator"]
         )
         context_file = str(Path(context.work_dir) / "context.json")
-        return self._start([sys.executable, "-m", *program, context_file, *kill_points], AGGREGATOR)
+        return self._start([sys.executable, "-m", *program, context_file, *kill_points], context.service_id)
 
     def kept_run(self) -> MemoryRun:
         """The run as a played aggregator has tracked it."""
@@ -190,9 +201,9 @@ class TrainingStage:
         """Start an aggregator in a thread of this process, tracking with `self.tracker`."""
         return TrainingThread(context, self.tracker, join_patience_s)
 
-    def address(self) -> str:
-        """Where the aggregator listens; waits for it."""
-        return str(self.await_event(AGGREGATOR, "listening")["address"])
+    def address(self, aggregator: str = AGGREGATOR) -> str:
+        """Where an aggregator listens; waits for it."""
+        return str(self.await_event(aggregator, "listening")["address"])
 
     # --- the learners ---
 
@@ -226,9 +237,9 @@ class TrainingStage:
         found = [json.loads(line) for line in lines]
         return [event for event in found if kind is None or event["kind"] == kind]
 
-    def rounds(self) -> list[Round]:
-        """The rounds that the aggregator has told so far."""
-        return [Round.model_validate(e["record"]) for e in self.events(AGGREGATOR, "round_completed")]
+    def rounds(self, aggregator: str = AGGREGATOR) -> list[Round]:
+        """The rounds that an aggregator has told so far."""
+        return [Round.model_validate(e["record"]) for e in self.events(aggregator, "round_completed")]
 
     def await_event(
         self,

@@ -1,14 +1,14 @@
 """The aggregator: waits for learners, runs the rounds, and hands over the best model.
 
+One below another aggregator is `flops.trainer.cluster`'s.
+
 Runs in FLOps' own environment: ``python -m flops.wiring aggregator CONTEXT.json``. Started again in the same
 work folder, it goes on after the last finished round, on the same port if it is free.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,31 +20,26 @@ from pydantic import ValidationError
 from flops.actor import CONTEXT_FILE, ActorContext, EventLog
 from flops.core.ids import ProjectId
 from flops.core.project import Round
-from flops.core.rounds import Part, best_round, has_numbers, reason_to_end
+from flops.core.rounds import best_round, reason_to_end
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.tracker_port import Tracker
-from flops.trainer.checkpoint import CheckpointStore
+from flops.trainer.cluster import train_cluster
 from flops.trainer.delivery import keep_best, pack, patiently, store_bundle
 from flops.trainer.disk_patience import PATIENCE_S as DISK_PATIENCE_S
 from flops.trainer.disk_patience import when_there_is_space
-from flops.trainer.gathering import JOIN_PATIENCE_S, Gathering
-from flops.trainer.links import LearnerServer, Link, Loader
+from flops.trainer.gathering import JOIN_PATIENCE_S
 from flops.trainer.ml_repo import read_parameters
 from flops.trainer.model_process import ModelProcess
-from flops.trainer.round_runner import RoundRunner
-from flops.trainer.strategy import RoundStrategy
+from flops.trainer.tier import Tier
 from flops.trainer.tracking_feed import TrackedRun, TrackingFeed
 from flops.wire.services import AggregatorConfig
 from flops.wire.training import Array
 
-_log = logging.getLogger(__name__)
-_REJOIN_PATIENCE_S = 10.0  # of a restarted aggregator, for learners beyond the needed ones
 _TRACKING_PATIENCE_S = 300.0
 _STORE_PATIENCE_S = 300.0
 _AWAY_PATIENCE_S = 86_400.0  # of the two above: a network may be down for hours, and nothing is lost for it
 _CLOSE_PATIENCE_S = 3.0
-_PORT_FILE = "port"
 _COMPLETED_FILE = "completed.json"  # the model, once everything is done
 
 
@@ -66,6 +61,9 @@ def main(
         FlopsError: why there is no model.
     """
     config = _parse(context)
+    if config.parent is not None:
+        train_cluster(context, config, events)
+        return
     completed = Path(context.work_dir) / _COMPLETED_FILE
     if completed.exists():  # nothing is left to do; the run, which has its end, stays as it is
         events.tell("training_completed", model=json.loads(completed.read_text()))
@@ -115,13 +113,9 @@ class Training:
         self._events = events
         self._work_dir = Path(context.work_dir)
         self._environ = {**environ, "PYTHONPATH": context.kit_dir}
-        self._strategy = RoundStrategy(config.strategy)
-        self._store = CheckpointStore(self._work_dir / "checkpoint")
-        self._history: list[Round] = []
         self._children: list[ModelProcess] = []
         self._is_successful = False
-        self._server = self._listen()
-        self._gathering = Gathering(self._server, config, tell=self._tell, patience_s=join_patience_s)
+        self._tier = Tier(context, config, events, join_patience_s=join_patience_s)
         self._feed = TrackingFeed(
             lambda: tracker_factory(config.tracking_uri),
             ProjectId(config.project_id),
@@ -138,27 +132,12 @@ class Training:
             FlopsError: why there is no model.
         """
         parameters = self._begin()
-        runner = RoundRunner(
-            self._server,
-            self._strategy,
-            self._config,
-            tell=self._tell,
-            on_start=self._tell_round,
-            on_failure=self._tell_failure,
-        )
         while not self._is_over():
-            finished = runner.run(len(self._history) + 1, parameters)
+            finished = self._tier.run_round(len(self._history) + 1, parameters)
             parameters = finished.parameters
-            self._history.append(finished.record)
-            self._save(parameters)
-            self._tell_completed(finished.record)
-            if not has_numbers(finished.record):
-                self._tell(
-                    f"Round {len(self._history)} has no finite accuracy or loss; it cannot be the best."
-                )
             self._feed.add([finished.record])
         if (reason := self._reason_to_end()) is not None:
-            self._tell(f"{reason} The training ends here.")
+            self._tier.tell(f"{reason} The training ends here.")
         self._deliver()
 
     def close(self) -> None:
@@ -166,48 +145,19 @@ class Training:
         for child in self._children:
             child.kill()
         self._feed.close(has_failed=not self._is_successful, patience_s=_CLOSE_PATIENCE_S)
-        self._server.stop(is_over=self._is_successful)
+        self._tier.server.stop(is_over=self._is_successful)
 
     # --- beginning ---
 
-    def _listen(self) -> LearnerServer:
-        """Listen on the port of an earlier start if it is free: the learners dial it."""
-        earlier = 0
-        with contextlib.suppress(OSError, ValueError):
-            earlier = int((self._work_dir / _PORT_FILE).read_text())
-        server = self._server_on(earlier) if earlier else None
-        server = server or self._server_on(0)
-        if server is None:
-            raise FlopsError(ErrorCode.PORT_OCCUPIED, f"No port is free on {self._context.host}.")
-        write_durably(self._work_dir / _PORT_FILE, str(server.port))
-        self._events.tell("listening", address=f"{self._context.host}:{server.port}")
-        return server
-
-    def _server_on(self, port: int) -> LearnerServer | None:
-        try:
-            return LearnerServer(
-                self._context.host,
-                port,
-                self._config.learner_token,
-                on_join=self._tell_join,
-                on_leave=self._tell_leave,
-                on_lost_loader=self._tell_lost_loader,
-            )
-        except FlopsError as exc:
-            _log.warning("%s", exc)
-            return None
-
     def _begin(self) -> list[Array]:
         """Wait for the learners, and get the parameters to go on from."""
-        checkpoint = self._store.load()
+        checkpoint = self._tier.restore()
         if checkpoint is not None:
-            self._history = list(checkpoint.history)
-            self._strategy.restore(checkpoint.strategy_state)
-            self._tell_completed(self._history[-1])  # it may have been killed before it had told it
             self._feed.add(self._history)
             if not self._is_over():
-                self._tell(f"Going on after round {len(self._history)} of {self._config.rounds}.")
-                self._await_return()
+                what = "cycle" if self._config.has_clusters else "round"
+                self._tier.tell(f"Going on after {what} {len(self._history)} of {self._config.rounds}.")
+                self._tier.await_return()
             return checkpoint.parameters
         target = self._work_dir / "first.npz"
         child = self._child(
@@ -217,29 +167,19 @@ class Training:
             doing="makes the model's first parameters",
             code=ErrorCode.USER_CODE_FAILED,
         )
-        self._gathering.wait(lambda: child.has_failed)
+        self._tier.gathering.wait(lambda: child.has_failed)
         child.wait()
         return read_parameters(target)
 
-    def _await_return(self) -> None:
-        """After a restart: give all learners the time to dial again; the rounds need fewer."""
-        self._server.wait_until(
-            lambda: len(self._server.joined()) >= self._config.min_available_clients, _REJOIN_PATIENCE_S
-        )
+    @property
+    def _history(self) -> list[Round]:
+        return self._tier.history
 
     def _is_over(self) -> bool:
         return self._reason_to_end() is not None or len(self._history) >= self._config.rounds
 
     def _reason_to_end(self) -> str | None:
         return reason_to_end(self._history, self._config.target_metric, self._config.early_stopping)
-
-    def _save(self, parameters: list[Array]) -> None:
-        when_there_is_space(
-            lambda: self._store.save(parameters, self._strategy.state(), self._history),
-            f"Saving round {len(self._history)}",
-            tell=self._tell,
-            patience_s=DISK_PATIENCE_S,
-        )
 
     # --- the end ---
 
@@ -253,12 +193,13 @@ class Training:
                 hint="evaluate_model() must return one of them as a number. NaN often means that training "
                 "diverged: lower its learning rate.",
             )
-        self._tell(f"Saving the model of round {best.number}, the best one.")
+        what = "cycle" if self._config.has_clusters else "round"
+        self._tier.tell(f"Saving the model of {what} {best.number}, the best one.")
         parameters, folder = self._work_dir / "best.npz", self._work_dir / f"model-{best.number}"
         when_there_is_space(
-            lambda: keep_best(self._store.parameters_file(best.number), parameters),
+            lambda: keep_best(self._tier.store.parameters_file(best.number), parameters),
             "Keeping the best parameters",
-            tell=self._tell,
+            tell=self._tier.tell,
             patience_s=DISK_PATIENCE_S,
         )
         if not folder.exists():  # a folder is whole or not there; this is a restart when it is there
@@ -285,7 +226,7 @@ class Training:
         when_there_is_space(
             lambda: write_durably(self._work_dir / _COMPLETED_FILE, json.dumps(raw)),
             "Noting the end",
-            tell=self._tell,
+            tell=self._tier.tell,
             patience_s=DISK_PATIENCE_S,
         )
         self._is_successful = True
@@ -303,47 +244,17 @@ class Training:
             doing=doing,
             code=code,
             reveal=self._context.disclosed,
-            on_end=self._server.wake,
+            on_end=self._tier.server.wake,
         )
         self._children.append(child)
         return child
 
     # --- events ---
 
-    def _tell(self, message: str) -> None:
-        self._events.tell("progress", message=message)
-
     def _tell_run(self, run: TrackedRun) -> None:
         self._events.tell(
             "training_started", experiment_id=run.experiment_id, run_id=run.run_id, tracking_url=run.url
         )
-
-    def _tell_round(self, number: int, learners: Sequence[str]) -> None:
-        self._events.tell("round_started", round=number, rounds=self._config.rounds, learners=list(learners))
-
-    def _tell_completed(self, record: Round) -> None:
-        self._events.tell(
-            "round_completed", rounds=self._config.rounds, record=record.model_dump(mode="json")
-        )
-
-    def _tell_failure(self, number: int, phase: str, part: Part) -> None:
-        self._events.tell(
-            "learner_failed",
-            learner=part.learner,
-            node=part.node,
-            round=number,
-            phase=phase,
-            error=part.error,
-        )
-
-    def _tell_join(self, link: Link) -> None:
-        self._events.tell("learner_joined", learner=link.learner, node=link.node, rows=link.rows)
-
-    def _tell_leave(self, link: Link, reason: str) -> None:
-        self._events.tell("learner_left", learner=link.learner, node=link.node, reason=reason)
-
-    def _tell_lost_loader(self, loader: Loader) -> None:
-        self._tell(f"{loader.learner} on {loader.node} has gone while it loaded its code and data.")
 
 
 def _parse(context: ActorContext) -> AggregatorConfig:
@@ -361,8 +272,9 @@ def _parse(context: ActorContext) -> AggregatorConfig:
 
 def _params_of(config: AggregatorConfig) -> dict[str, str]:
     """The run's parameters, by the ancestor's names where it had them."""
+    rounds = "training_cycles" if config.has_clusters else "training_rounds"
     params: dict[str, Any] = {
-        "training_rounds": config.rounds,
+        rounds: config.rounds,
         "min_available_clients": config.min_available_clients,
         "min_fit_clients": config.min_fit_clients,
         "min_evaluate_clients": config.min_evaluate_clients,

@@ -7,7 +7,7 @@ Files in the folder, of which `state.json` is replaced last and names the round 
 | ``round-<n>.npz`` | the parameters after round n as "0", "1", …; of the last and the best round |
 | ``strategy-<n>.npz`` | the strategy's state after round n, when it has any |
 | ``history.jsonl`` | a line per round, appended |
-| ``state.json`` | ``{"round": n}`` |
+| ``state.json`` | ``{"round": n, "origin": …}`` |
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Checkpoint:
     parameters: list[Array]
     strategy_state: dict[str, Array]
     history: tuple[Round, ...]
+    origin: str = ""
 
 
 class CheckpointStore:
@@ -48,14 +49,16 @@ class CheckpointStore:
     def load(self) -> Checkpoint | None:
         """The last checkpoint; None when no round was finished."""
         try:
-            number = int(json.loads((self._folder / _STATE).read_text())["round"])
+            state = json.loads((self._folder / _STATE).read_text())
         except FileNotFoundError:
             return None
+        number = int(state["round"])
         state_file = self._folder / f"strategy-{number}.npz"
         return Checkpoint(
             read_parameters(self.parameters_file(number)),
             _load(state_file) if state_file.exists() else {},
             self._history(number),
+            str(state.get("origin", "")),
         )
 
     def parameters_file(self, number: int) -> Path:
@@ -63,9 +66,19 @@ class CheckpointStore:
         return self._folder / f"round-{number}.npz"
 
     def save(
-        self, parameters: Sequence[Array], strategy_state: Mapping[str, Array], history: Sequence[Round]
+        self,
+        parameters: Sequence[Array],
+        strategy_state: Mapping[str, Array],
+        history: Sequence[Round],
+        origin: str = "",
     ) -> None:
         """Make the last round of the history durable; a kill at any moment leaves this or the one before.
+
+        Args:
+            parameters: after the last round.
+            strategy_state: after the last round.
+            history: all rounds so far.
+            origin: names what the rounds went out from, where there is more than one beginning.
 
         Raises:
             FlopsError: ``disk_full``, ``file_unreadable``.
@@ -79,7 +92,7 @@ class CheckpointStore:
             self._append(history)
         except OSError as exc:
             raise file_error(exc, self._folder) from exc
-        write_durably(self._folder / _STATE, json.dumps({"round": number}))
+        write_durably(self._folder / _STATE, json.dumps({"round": number, "origin": origin}))
         self._drop_all_but(history)
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:

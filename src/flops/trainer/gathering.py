@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from flops.core.rounds import CYCLES, Terms
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.links import LearnerServer, Loader
 from flops.trainer.loading import GRACE_S
@@ -20,7 +21,7 @@ class Gathering:
     """Waits for the learners of the first round.
 
     All learners are waited for. One that loads beyond its deadline is given up: the training begins without
-    it when enough others are there for a round.
+    it when enough others are there for a round. So is a whole cluster, whatever keeps it from joining.
 
     Args:
         server: where they join.
@@ -41,6 +42,7 @@ class Gathering:
         self._config = config
         self._tell = tell
         self._patience_s = max(patience_s, config.round_timeout_s)
+        self._terms = CYCLES if config.has_clusters else Terms()
         self._stuck: dict[str, tuple[str, str]] = {}  # by learner: its node, and how it stands
 
     def wait(self, is_pointless: Callable[[], bool]) -> None:
@@ -50,19 +52,27 @@ class Gathering:
             FlopsError: ``too_few_learners``; what keeps a learner from loading its code or data for good.
         """
         wanted = self._config.min_available_clients
-        self._tell(f"Waiting for {wanted} learner{'s' if wanted > 1 else ''} to join.")
+        noun = self._terms.learner
+        self._tell(f"Waiting for {wanted} {noun}{'s' if wanted > 1 else ''} to join.")
         deadline_s = time.monotonic() + self._patience_s
         while not is_pointless():
             self._find_stuck()
             if self._is_complete():
                 return
-            self._raise_fatal()
+            if not self._config.has_clusters:
+                self._raise_fatal()
             if wanted - len(self._stuck) < self._least:
-                raise self._too_few(f"{self._least} learners are needed for a round")
+                self._raise_fatal()
+                raise self._too_few(f"{self._least} {noun}s are needed for a {self._terms.round.lower()}")
             if self._server.loaders():
                 deadline_s = max(deadline_s, time.monotonic() + self._config.load_timeout_s)
             elif time.monotonic() > deadline_s:
-                what = f"{wanted} learners are needed to begin"
+                if self._config.has_clusters and len(self._server.joined()) >= self._least:
+                    self._tell(
+                        f"Beginning without the {noun}s that have not joined in {self._patience_s:g} s."
+                    )
+                    return
+                what = f"{wanted} {noun}s are needed to begin"
                 raise self._too_few(f"{what}; joined within {self._patience_s:g} s: {self._joined()}")
             self._server.wait_until(lambda: is_pointless() or self._is_complete(), _LOOK_S)
 
@@ -79,7 +89,7 @@ class Gathering:
         for link in self._server.joined():
             self._stuck.pop(link.learner, None)
         for learner, (node, error) in self._server.refusals().items():
-            if error.code is ErrorCode.TIMEOUT:
+            if error.code is ErrorCode.TIMEOUT or self._config.has_clusters:
                 self._give_up(learner, node, error.message)
         for loader in self._server.loaders():
             limit_s = self._config.load_timeout_s
@@ -91,7 +101,8 @@ class Gathering:
     def _give_up(self, learner: str, node: str, why: str) -> None:
         if learner not in self._stuck:
             self._stuck[learner] = node, why
-            self._tell(f"{learner} on {node} is not waited for any longer: {why}")
+            what = f"The cluster of {learner}" if self._config.has_clusters else learner
+            self._tell(f"{what} on {node} is not waited for any longer: {why}")
 
     def _raise_fatal(self) -> None:
         for learner, (node, error) in self._server.refusals().items():

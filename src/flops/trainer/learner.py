@@ -8,77 +8,25 @@ This module is part of the actor kit: it imports the standard library, numpy and
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import flight
 
 from flops.actor import ActorContext, EventLog, log_failure, run_actor
 from flops.errors import ErrorCode, FlopsError
+from flops.trainer.dialling import Dial
 from flops.trainer.loading import heartbeats
 from flops.trainer.ml_repo import MLRepo, describe_thread
-from flops.wire.flight import DIRECTLY, bearer
-from flops.wire.keepalive import keep_connections_alive
-from flops.wire.training import (
-    DESCRIPTOR,
-    EVALUATE,
-    HELLO,
-    REPLY,
-    SCHEMA,
-    STOP,
-    TRAIN,
-    Message,
-    Stream,
-)
+from flops.wire.training import EVALUATE, REPLY, STOP, TRAIN, Message, Stream
 from flops_utils.local_data import DataSource
 
-_FIRST_BACK_OFF_S = 0.05
-_LONGEST_BACK_OFF_S = 1.0
-_TELL_FAILURE_S = 5.0  # how long an aggregator is looked for to tell it that this learner cannot learn
 MEASURE_LOSS = "measure-loss"  # config key: evaluate the received parameters before training on them
-_LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError)
-
-
-@dataclass(frozen=True)
-class _Dial:
-    """How to reach the aggregator, and who says hello."""
-
-    address: str
-    token: str
-    learner: str
-    node: str
-
-    @contextlib.contextmanager
-    def connect(self, hello: dict[str, Any]) -> Iterator[Stream]:
-        """Open the stream and say hello."""
-        options = flight.FlightCallOptions(headers=[bearer(self.token)])
-        with flight.FlightClient(f"grpc://{self.address}", generic_options=DIRECTLY) as client:
-            writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(DESCRIPTOR), options)
-            try:
-                stream = Stream(reader, writer)
-                try:
-                    writer.begin(SCHEMA)
-                    stream.send(Message(HELLO, {"learner": self.learner, "node": self.node, **hello}))
-                except _LOST:
-                    stream.receive()  # raises why the aggregator has ended the call
-                    raise
-                keep_connections_alive(int(self.address.rpartition(":")[2]))
-                yield stream
-            finally:
-                with contextlib.suppress(*_LOST):
-                    reader.cancel()
-                with contextlib.suppress(*_LOST):
-                    writer.close()
 
 
 def main(context: ActorContext, events: EventLog) -> None:
@@ -89,7 +37,7 @@ def main(context: ActorContext, events: EventLog) -> None:
             loaded, ``unauthenticated`` when the aggregator refuses the token.
     """
     config = context.config
-    dial = _Dial(config["aggregator"], config["learner_token"], context.service_id, context.node_name)
+    dial = Dial(config["aggregator"], config["learner_token"], context.service_id, context.node_name)
     patience_s = float(config["load_timeout_s"])
     give_up = functools.partial(_give_up, dial, context, events, threading.get_ident())
     try:
@@ -99,24 +47,7 @@ def main(context: ActorContext, events: EventLog) -> None:
         _tell_failure(dial, events, context.disclosed(exc))
         raise
     events.tell("progress", message=f"Loaded {rows:,} rows; joining the aggregator at {dial.address}.")
-    back_off_s = _FIRST_BACK_OFF_S
-    while True:
-        started = time.monotonic()
-        try:
-            with dial.connect({"rows": rows}) as stream:
-                _serve(stream, repo, context)
-            return
-        except flight.FlightUnauthenticatedError as exc:
-            raise FlopsError(
-                ErrorCode.UNAUTHENTICATED,
-                f"The aggregator at {dial.address} refuses the token of {dial.learner}.",
-                hint="Another project's aggregator may have taken the address; this learner is started anew.",
-            ) from exc
-        except _LOST:
-            if time.monotonic() - started > _LONGEST_BACK_OFF_S:
-                back_off_s = _FIRST_BACK_OFF_S
-        time.sleep(back_off_s)
-        back_off_s = min(2 * back_off_s, _LONGEST_BACK_OFF_S)
+    dial.stay(lambda: {"rows": rows}, lambda stream: _serve(stream, repo, context))
 
 
 def _load(context: ActorContext, events: EventLog) -> tuple[MLRepo, int]:
@@ -139,7 +70,7 @@ def _load(context: ActorContext, events: EventLog) -> tuple[MLRepo, int]:
     return repo, repo.load_data(source)
 
 
-def _give_up(dial: _Dial, context: ActorContext, events: EventLog, loading_thread: int) -> None:
+def _give_up(dial: Dial, context: ActorContext, events: EventLog, loading_thread: int) -> None:
     """End this process, which loads without end; who is told gets the lines of the code that it is in."""
     error = FlopsError(
         ErrorCode.TIMEOUT,
@@ -157,18 +88,10 @@ def _give_up(dial: _Dial, context: ActorContext, events: EventLog, loading_threa
     os._exit(error.spec.exit_code)
 
 
-def _tell_failure(dial: _Dial, events: EventLog, error: FlopsError) -> None:
+def _tell_failure(dial: Dial, events: EventLog, error: FlopsError) -> None:
     """Tell users, and then the aggregator, if it is there: it may be waiting for this learner."""
     events.tell_failure(error)
-    deadline = time.monotonic() + _TELL_FAILURE_S
-    while time.monotonic() < deadline:
-        with (
-            contextlib.suppress(*_LOST),
-            dial.connect({"rows": 0, "error": error.to_dict()}) as stream,
-        ):
-            stream.receive()  # the aggregator's answer: it has taken it in
-            return
-        time.sleep(_FIRST_BACK_OFF_S * 4)
+    dial.tell_failure(error)
 
 
 def _serve(stream: Stream, repo: MLRepo, context: ActorContext) -> None:

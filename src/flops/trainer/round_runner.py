@@ -10,8 +10,8 @@ from typing import Any
 from flwr.app import Message as FlowerMessage
 
 from flops.core.project import Participant, Round
-from flops.core.rounds import Outcome, Part, Verdict, describe_part, failure_of, judge
-from flops.errors import ErrorCode, FlopsError
+from flops.core.rounds import CYCLES, Outcome, Part, Terms, Verdict, describe_part, failure_of, judge
+from flops.errors import ErrorCode
 from flops.trainer.grid import ROWS, Answer, Asked, FlightGrid, reply_with
 from flops.trainer.links import LearnerServer, Link
 from flops.trainer.strategy import RoundStrategy
@@ -27,6 +27,16 @@ class FinishedRound:
 
     parameters: list[Array]
     record: Round
+    evaluated_rows: int  # held-out rows of all learners
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What learners found of parameters: means over their held-out rows."""
+
+    told: dict[str, tuple[str, dict[str, Any]]]  # by learner: its node, and the header of its answer
+    metrics: dict[str, float]
+    rows: int  # held-out rows of all learners; 0 when there was none, and no metric
 
 
 @dataclass
@@ -76,6 +86,7 @@ class RoundRunner:
         self._grid = FlightGrid(server)
         self._strategy = strategy
         self._config = config
+        self._terms = CYCLES if config.has_clusters else Terms()
         self._tell = tell
         self._on_start = on_start
         self._on_failure = on_failure
@@ -89,22 +100,33 @@ class RoundRunner:
         started = time.monotonic()
         self._on_start(number, [link.learner for link in self._server.idle()])
         aggregated, trained, left_out = self._train(number, parameters)
-        evaluate = self._collect(
-            _Phase(EVALUATE, number, self._config.min_evaluate_clients),
-            lambda: self._strategy.configure_evaluate(number, aggregated, self._grid),
-            lambda _: None,
-        )
-        metrics = self._strategy.aggregate_evaluate(number, _evaluate_replies(evaluate))
+        evaluation = self.evaluate(number, aggregated)
+        metrics = dict(evaluation.metrics)
         record = Round(
             number=number,
             accuracy=metrics.pop("accuracy", None),
             loss=metrics.pop("loss", None),
             metrics=metrics,
-            participants=_participants(trained, _told_by(evaluate)),
+            participants=_participants(trained, evaluation.told),
             left_out=left_out,
             duration_s=time.monotonic() - started,
         )
-        return FinishedRound(aggregated, record)
+        return FinishedRound(aggregated, record, evaluation.rows)
+
+    def evaluate(self, number: int, parameters: list[Array]) -> Evaluation:
+        """Have parameters evaluated on all learners' held-out rows.
+
+        Raises:
+            FlopsError: ``user_code_failed``, ``too_few_learners``, ``round_failed``, ``aggregation_failed``.
+        """
+        phase = self._collect(
+            _Phase(EVALUATE, number, self._config.min_evaluate_clients),
+            lambda: self._strategy.configure_evaluate(number, parameters, self._grid),
+            lambda _: None,
+        )
+        replies, rows = _evaluate_replies(phase)
+        metrics = self._strategy.aggregate_evaluate(number, replies) if replies else {}
+        return Evaluation(_told_by(phase), metrics, rows)
 
     def _train(self, number: int, parameters: list[Array]) -> tuple[list[Array], _Told, tuple[str, ...]]:
         """The new parameters, what their learners told, and who was left out; all else is freed here."""
@@ -148,7 +170,9 @@ class RoundRunner:
                 self._report_left_out(phase)
                 return phase
             if verdict is Verdict.FAIL or is_late:
-                raise failure_of(phase.name, phase.number, parts, needed=phase.needed, waited_s=limit_s)
+                raise failure_of(
+                    phase.name, phase.number, parts, needed=phase.needed, waited_s=limit_s, terms=self._terms
+                )
 
     def _ask_idle(
         self, phase: _Phase, asked: Sequence[Asked], messages: Callable[[], list[FlowerMessage]]
@@ -206,9 +230,8 @@ class RoundRunner:
     def _report_left_out(self, phase: _Phase) -> None:
         for part in phase.parts.values():
             if part.outcome is not Outcome.DONE:
-                self._tell(
-                    f"Round {phase.number}, {phase.name}: without {part.learner}, {describe_part(part)}."
-                )
+                where = f"{self._terms.round} {phase.number}, {phase.name}"
+                self._tell(f"{where}: without {part.learner}, {describe_part(part)}.")
 
 
 def _told_by(phase: _Phase) -> _Told:
@@ -222,27 +245,23 @@ def _train_reply(answer: Answer) -> FlowerMessage:
     return reply_with(answer.instruction, reply.arrays, metrics)
 
 
-def _evaluate_replies(phase: _Phase) -> list[FlowerMessage]:
-    """Replies with the numbers that all learners with held-out rows have: means need them from each."""
+def _evaluate_replies(phase: _Phase) -> tuple[list[FlowerMessage], int]:
+    """Replies with the numbers that all learners with held-out rows have: means need them from each.
+
+    Beside them all their rows.
+    """
     answers = [phase.answers[name] for name in sorted(phase.answers)]
     answers = [answer for answer in answers if int(_reply_of(answer).header["rows"]) > 0]
     if not answers:
-        raise FlopsError(
-            ErrorCode.ROUND_FAILED,
-            f"Round {phase.number}: no learner evaluated a single row.",
-            hint="evaluate_model() must return the number of held-out rows; keep some out of the training.",
-            details={"round": phase.number},
-        )
+        return [], 0
     numbers = [_reply_of(answer).header["metrics"] for answer in answers]
     shared = [key for key in numbers[0] if all(other.get(key) is not None for other in numbers)]
-    return [
-        reply_with(
-            answer.instruction,
-            None,
-            {ROWS: int(_reply_of(answer).header["rows"]), **{key: float(own[key]) for key in shared}},
-        )
-        for answer, own in zip(answers, numbers, strict=True)
+    rows = [int(_reply_of(answer).header["rows"]) for answer in answers]
+    replies = [
+        reply_with(answer.instruction, None, {ROWS: count, **{key: float(own[key]) for key in shared}})
+        for answer, own, count in zip(answers, numbers, rows, strict=True)
     ]
+    return replies, sum(rows)
 
 
 def _participants(trained: _Told, evaluated: _Told) -> tuple[Participant, ...]:
@@ -260,6 +279,8 @@ def _participants(trained: _Told, evaluated: _Told) -> tuple[Participant, ...]:
                 evaluate_s=float(evaluation.get("seconds", 0.0)),
                 accuracy=numbers.get("accuracy"),
                 loss=numbers.get("loss"),
+                cluster=str(fit.get("cluster") or evaluation.get("cluster") or ""),
+                rounds=tuple(Round.model_validate(record) for record in fit.get("rounds", ())),
             )
         )
     return tuple(found)

@@ -80,6 +80,9 @@ class RoundStrategy:
         """Messages that ask the learners shown by the grid to train from these parameters."""
         self._dtypes = [array.dtype for array in parameters]
         grid.keep_types(self._dtypes)
+        if isinstance(self._flower, flower.FedAvgM):
+            # It would go on from its own last result, which is not where a new cycle of a cluster begins.
+            self._flower.current_arrays = None
         record, config = ArrayRecord(as_floats(parameters)), ConfigRecord(self._train_config)
         return list(self._flower.configure_train(number, record, config, grid))
 

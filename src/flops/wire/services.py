@@ -36,8 +36,20 @@ class BuilderConfig(Value):
     images: ImageOrder | None = None
 
 
+class ParentAggregator(Value):
+    """The aggregator above one: it is dialled as learners dial theirs."""
+
+    address: str  # "host:port"
+    token: str
+
+
 class AggregatorConfig(Value):
-    """Train: rounds, strategy, and where to track."""
+    """Train: rounds, strategy, and where to track.
+
+    Aggregators form a tree. One with a parent is a learner to it: it trains `rounds` rounds with its own
+    learners whenever it is asked to train, and neither tracks nor exports. One that `has_clusters` has
+    aggregators as learners, and its rounds are the cycles.
+    """
 
     project_id: str
     customer_id: str
@@ -56,6 +68,9 @@ class AggregatorConfig(Value):
     tracking_uri: str  # MLflow server
     model_name: str  # in the model registry
     tags: dict[str, str] = Field(default_factory=dict)  # of the run: repository, commit, data tags
+    parent: ParentAggregator | None = None
+    cluster: str = ""  # the name of the cluster it aggregates, if it has a parent
+    has_clusters: bool = False
 
 
 class LearnerConfig(Value):

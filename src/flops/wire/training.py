@@ -16,6 +16,9 @@ a learner sends ``hello`` first, and then one ``reply`` to each ``train`` and ``
 | reply | learner | ``id``, ``rows``, ``metrics``, ``seconds``, or ``error``; arrays: of ``train`` only |
 | stop | aggregator | nothing: the training is over |
 
+The aggregator of a cluster is a learner to the one above it. Its reply has also ``cluster``, its name,
+and after ``train`` ``rounds``: the records of the rounds that it ran.
+
 This module is part of the actor kit: it imports the standard library, numpy and pyarrow only.
 """
 
