@@ -10,7 +10,7 @@ from flops.cli.output import duration, print_facts, print_line, print_table, say
 from flops.core.cluster import Service
 from flops.core.ids import NodeId
 from flops.core.learner_states import LearnerStanding, last_words
-from flops.core.project import Project, ProjectEvent, Round
+from flops.core.project import Project, ProjectEvent, Round, Training
 
 _WORDS_SHOWN = 10  # last lines of a service that ended unexpectedly
 
@@ -33,8 +33,12 @@ def show_project(
     """
     _show_facts(project)
     if project.training is not None and project.training.history:
-        print_line("\nRounds")
-        show_rounds(project.training.history, project.training.best_round)
+        is_hierarchical = bool(project.training.clusters)
+        print_line("\nCycles" if is_hierarchical else "\nRounds")
+        show_rounds(project.training.history, project.training.best_round, is_hierarchical=is_hierarchical)
+    if project.training is not None and project.training.clusters:
+        print_line("\nClusters")
+        _show_clusters(project, project.training)
     if learners:
         print_line("\nLearners")
         print_table(
@@ -53,10 +57,11 @@ def show_project(
     _show_tracebacks(project, history)
 
 
-def show_rounds(rounds: Sequence[Round], best: int | None) -> None:
-    """Print a table of rounds; the best one is marked."""
+def show_rounds(rounds: Sequence[Round], best: int | None, *, is_hierarchical: bool = False) -> None:
+    """Print a table of rounds, or of cycles with their clusters; the best one is marked."""
+    first, last = ("cycle", "clusters") if is_hierarchical else ("round", "learners")
     print_table(
-        ["round", "accuracy", "loss", "duration", "learners"],
+        [first, "accuracy", "loss", "duration", last],
         [
             (
                 f"{r.number}{' *' if r.number == best else ''}",
@@ -64,12 +69,36 @@ def show_rounds(rounds: Sequence[Round], best: int | None) -> None:
                 metric(r.loss),
                 f"{r.duration_s:.2f} s",
                 ", ".join(
-                    f"{p.node} ({p.rows:,} rows)" for p in sorted(r.participants, key=lambda p: p.learner)
+                    f"{p.cluster or p.node} ({p.rows:,} rows)"
+                    for p in sorted(r.participants, key=lambda p: p.learner)
                 ),
             )
             for r in rounds
         ],
     )
+
+
+def _show_clusters(project: Project, training: Training) -> None:
+    rounds = project.sla.training_configuration.training_rounds
+    rows = []
+    for cluster in training.clusters:
+        own = [
+            r for c in training.history for p in c.participants if p.cluster == cluster.name for r in p.rounds
+        ]
+        state = "left out" if cluster.is_given_up else "joined" if cluster.is_joined else "not joined"
+        cycle, number = divmod(max(cluster.round_now - 1, 0), rounds)
+        joined = sum(learner in training.learners for learner in cluster.learners)
+        rows.append(
+            (
+                cluster.name,
+                cluster.aggregator,
+                state,
+                f"cycle {cycle + 1}, round {number + 1} of {rounds}" if cluster.round_now else "",
+                f"{joined} of {len(cluster.learners)}",
+                metric(own[-1].accuracy) if own else "",
+            )
+        )
+    print_table(["cluster", "aggregator", "state", "last round", "learners", "own accuracy"], rows)
 
 
 def tell_result(project: Project) -> None:
@@ -78,7 +107,7 @@ def tell_result(project: Project) -> None:
     model = project.model
     if model is not None:
         numbers = f"accuracy {metric(model.accuracy) or '-'}, loss {metric(model.loss) or '-'}"
-        say(f"Best model:  round {model.round}, {numbers}")
+        say(f"Best model:  {_word(project)} {model.round}, {numbers}")
         say(f"Registered:  {model.name}, version {model.version}")
     if project.tracking_url:
         say(f"Tracking:    {project.tracking_url}")
@@ -97,6 +126,11 @@ def durations(project: Project) -> str:
         if following.entered_at_s - span.entered_at_s >= 0.05
     ]
     return ", ".join(spent)
+
+
+def _word(project: Project) -> str:
+    """What a round of the project's aggregator is called."""
+    return "cycle" if project.sla.training_configuration.is_hierarchical else "round"
 
 
 def progress(project: Project) -> str:
@@ -189,7 +223,7 @@ def _show_facts(project: Project) -> None:
         ("Created", timestamp(project.created_at_s)),
         ("Repository", f"{sla.ml_repo_url}{commit}"),
         ("Data tags", ", ".join(sla.training_configuration.data_tags)),
-        ("Round", progress(project)),
+        (_word(project).capitalize(), progress(project)),
         ("Best accuracy", metric(best_accuracy(project))),
         ("Tracking", project.tracking_url),
         ("Inference", project.inference_url and f"{project.inference_url}/invocations"),

@@ -189,7 +189,9 @@ def _progress(training: Training) -> RenderableType:
     from rich.text import Text
 
     done = len(training.history)
-    label = f"{done} of {training.rounds_total} rounds, {len(training.learners)} learners"
+    clusters = sum(cluster.is_joined for cluster in training.clusters)
+    what = f"cycles, {clusters} clusters" if training.clusters else "rounds"
+    label = f"{done} of {training.rounds_total} {what}, {len(training.learners)} learners"
     if training.history:
         last = training.history[-1]
         label += f", accuracy {metric(last.accuracy) or '-'}, loss {metric(last.loss) or '-'}"

@@ -21,6 +21,7 @@ class EffectKind(StrEnum):
     DECIDE_PLACEMENT = "decide_placement"
     START_BUILDER = "start_builder"
     START_AGGREGATOR = "start_aggregator"
+    START_CLUSTERS = "start_clusters"  # the clusters' aggregators of a hierarchical training
     START_LEARNERS = "start_learners"
     BUILD_INFERENCE = "build_inference"  # verify that what the inference service needs is stored
     START_INFERENCE = "start_inference"

@@ -94,18 +94,23 @@ class LearnerFailed(LifecycleEvent):
 
 
 class RoundStarted(LifecycleEvent):
-    """A round begins; told again when a restarted aggregator repeats it."""
+    """A round begins; told again when a restarted aggregator repeats it.
+
+    `aggregator` tells it: in a hierarchical training a cluster's, or the root's, whose rounds are cycles.
+    """
 
     round: int
     rounds: int
     learners: tuple[str, ...] = ()
+    aggregator: str = ""
 
 
 class RoundCompleted(LifecycleEvent):
-    """A round has ended and its result is durable."""
+    """A round has ended and its result is durable; `aggregator` as in `RoundStarted`."""
 
     rounds: int
     record: Round
+    aggregator: str = ""
 
 
 class TrainingCompleted(LifecycleEvent):

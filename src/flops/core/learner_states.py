@@ -58,7 +58,10 @@ class _Story:
 
     def take_in(self, event: ProjectEvent, learner: ServiceId) -> None:
         """Go on with the next event."""
-        match event.kind:
+        kind = event.kind
+        if kind.startswith("cluster_round_"):  # of a hierarchical training: only of those in the cluster
+            kind = kind.removeprefix("cluster_") if learner in event.data.get("learners", ()) else ""
+        match kind:
             case "round_started":
                 self.round = int(event.data.get("round", 0))
                 self.is_in_round = learner in event.data.get("learners", ())

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flops.core import service_moves, training_moves
+from flops.core import cluster_moves, service_moves, training_moves
 from flops.core.change import Change, Step
 from flops.core.effects import EffectKind
 from flops.core.endings import abort, end_if_nothing_runs, fail, stop_services
@@ -40,7 +40,7 @@ from flops.core.events import (
     TrainingStarted,
 )
 from flops.core.ids import ProjectId
-from flops.core.project import Project, Stage
+from flops.core.project import Placement, Project, Stage
 from flops.core.sla import ProjectSla
 
 __all__ = ["IllegalTransitionError", "Step", "decide", "new_project", "step"]
@@ -107,9 +107,13 @@ def _submit(change: Change, _event: Submitted) -> None:
     url = sla.ml_repo_url.rsplit("@", 1)[-1] if "://" in sla.ml_repo_url else sla.ml_repo_url
     where = f"{url} at {sla.ml_repo_ref}" if sla.ml_repo_ref else url
     change.enter(Stage.SUBMITTED, "Accepted.")
+    rounds, learners = f"{training.training_rounds} rounds", f"{training.min_available_clients} learners"
+    if training.is_hierarchical:
+        rounds = f"{training.training_cycles} cycles of {rounds}"
+        learners = f"{learners} in each cluster"
     change.note(
-        f"The project was accepted: {where}, {training.training_rounds} rounds with "
-        f"{training.min_available_clients} learners on data tagged {', '.join(training.data_tags)}."
+        f"The project was accepted: {where}, {rounds} with {learners} on data tagged "
+        f"{', '.join(training.data_tags)}."
     )
     change.enter(Stage.RESOLVING, f"Looks up the repository {where}.")
     change.request(EffectKind.RESOLVE_REPOSITORY)
@@ -179,7 +183,23 @@ def _place(change: Change, event: PlacementDecided) -> None:
         aggregator=where,
         learners=learners,
     )
+    if change.project.sla.training_configuration.is_hierarchical:
+        _note_clusters(change, placement)
     change.request(EffectKind.START_AGGREGATOR)
+
+
+def _note_clusters(change: Change, placement: Placement) -> None:
+    """Say which clusters take part, and which do not."""
+    names = [cluster.name for cluster in placement.clusters]
+    for name, why in placement.left_out.items():
+        change.note(f"The cluster {name} is left out: {why}", kind="cluster_left_out", cluster=name)
+    if len(names) == 1:
+        change.note(
+            f"There is one cluster only, {names[0]}: hierarchical training goes on with one cluster's "
+            "aggregator below the root.",
+            kind="one_cluster_only",
+            cluster=names[0],
+        )
 
 
 def _counted(names: list[str]) -> str:
@@ -203,6 +223,7 @@ def _step_failed(change: Change, event: StepFailed) -> None:
         and project.stage in {Stage.RESOLVING, Stage.PLACING},
         EffectKind.START_BUILDER: project.stage is Stage.BUILDING,
         EffectKind.START_AGGREGATOR: project.stage is Stage.PLACING,
+        EffectKind.START_CLUSTERS: project.stage is Stage.TRAINING,
         EffectKind.START_LEARNERS: project.stage is Stage.TRAINING,
         EffectKind.BUILD_INFERENCE: project.stage is Stage.PACKAGING,
         EffectKind.START_INFERENCE: project.stage is Stage.DEPLOYING,
@@ -275,15 +296,15 @@ _TABLE: Mapping[type[LifecycleEvent], Mapping[Stage, Decision]] = {
     PlacementDecided: _from_stage((Stage.RESOLVING, _try_placement), (Stage.PLACING, _place)),
     EnvironmentLocked: _from_stage((Stage.BUILDING, _environment_locked)),
     AggregatorListening: _from_stage(
-        (Stage.PLACING, training_moves.start_learners),
-        (Stage.TRAINING, training_moves.replace_learners),
+        (Stage.PLACING, cluster_moves.aggregator_listening),
+        (Stage.TRAINING, cluster_moves.aggregator_listening),
     ),
     TrainingStarted: _from_stage((Stage.TRAINING, training_moves.training_started)),
-    LearnerJoined: _from_stage((Stage.TRAINING, training_moves.learner_joined)),
-    LearnerLeft: _from_stage((Stage.TRAINING, training_moves.learner_left)),
-    LearnerFailed: _from_stage((Stage.TRAINING, training_moves.learner_failed)),
-    RoundStarted: _from_stage((Stage.TRAINING, training_moves.round_started)),
-    RoundCompleted: _from_stage((Stage.TRAINING, training_moves.round_completed)),
+    LearnerJoined: _from_stage((Stage.TRAINING, cluster_moves.learner_joined)),
+    LearnerLeft: _from_stage((Stage.TRAINING, cluster_moves.learner_left)),
+    LearnerFailed: _from_stage((Stage.TRAINING, cluster_moves.learner_failed)),
+    RoundStarted: _from_stage((Stage.TRAINING, cluster_moves.round_started)),
+    RoundCompleted: _from_stage((Stage.TRAINING, cluster_moves.round_completed)),
     TrainingCompleted: _from_stage((Stage.TRAINING, training_moves.training_completed)),
     ModelPackaged: _from_stage((Stage.PACKAGING, training_moves.model_packaged)),
     InferenceListening: _from_stage(

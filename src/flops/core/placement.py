@@ -15,7 +15,7 @@ from flops.core.cluster import (
 )
 from flops.core.ids import NodeId
 from flops.core.platforms import Platform
-from flops.core.project import Placement
+from flops.core.project import ClusterPlacement, Placement
 from flops.core.sla import Packaging, PostTrainingStep, ProjectSla, ResourceConstraints
 from flops.errors import ErrorCode, FlopsError
 
@@ -56,7 +56,13 @@ def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> 
         FlopsError: ``placement_impossible``: which condition failed on which node.
     """
     powerful_first = sorted(nodes, key=_rank)
-    learners = _place_learners(sla, powerful_first)
+    clusters: tuple[ClusterPlacement, ...] = ()
+    left_out: dict[str, str] = {}
+    if sla.training_configuration.is_hierarchical:
+        clusters, left_out = _place_clusters(sla, powerful_first)
+        learners = tuple(node for cluster in clusters for node in cluster.learners)
+    else:
+        learners = _place_learners(sla, powerful_first)
     aggregator = _first_capable("the aggregator", powerful_first, _host_obstacle(sla, aggregator_resources))
     builder = None
     if needs_build:
@@ -64,7 +70,14 @@ def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> 
     inference = (
         place_inference(sla, nodes) if PostTrainingStep.DEPLOY_IMAGE in sla.post_training_steps else None
     )
-    return Placement(aggregator=aggregator, learners=learners, builder=builder, inference=inference)
+    return Placement(
+        aggregator=aggregator,
+        learners=learners,
+        builder=builder,
+        inference=inference,
+        clusters=clusters,
+        left_out=left_out,
+    )
 
 
 def place_builder(nodes: Sequence[Node]) -> NodeId:
@@ -103,6 +116,40 @@ def place_mock_providers(nodes: Sequence[Node], wanted: int | None) -> tuple[Nod
         )
         raise _impossible(what, ordered, lambda node: _addon_obstacle(node, LEARNER_ADDON), len(capable))
     return capable if wanted is None else capable[:wanted]
+
+
+def _place_clusters(
+    sla: ProjectSla, nodes: Sequence[Node]
+) -> tuple[tuple[ClusterPlacement, ...], dict[str, str]]:
+    """The clusters that can take part, by name; and why each other one can not."""
+    host = _host_obstacle(sla, aggregator_resources)
+    placed: list[ClusterPlacement] = []
+    left_out: dict[str, str] = {}
+    refusal: FlopsError | None = None
+    for name in sorted({node.cluster for node in nodes}):
+        own = [node for node in nodes if node.cluster == name]
+        try:
+            aggregator = _first_capable("a cluster's aggregator", own, host)
+            placed.append(
+                ClusterPlacement(name=name, aggregator=aggregator, learners=_place_learners(sla, own))
+            )
+        except FlopsError as exc:
+            left_out[name], refusal = exc.message, exc
+    needed = sla.training_configuration.min_clusters
+    if len(placed) >= needed:
+        return tuple(placed), left_out
+    if refusal is not None and len(left_out) == 1 and needed == 1:
+        raise refusal
+    if not nodes:
+        _place_learners(sla, nodes)  # says that there is none
+    problems = [{"cluster": name, "problem": why} for name, why in left_out.items()]
+    reasons = "".join(f"; {name}: {why.rstrip('.')}" for name, why in left_out.items())
+    raise FlopsError(
+        ErrorCode.PLACEMENT_IMPOSSIBLE,
+        f"{needed} cluster{'s' if needed > 1 else ''} needed (min_clusters), but {len(placed)} can take part"
+        f"{reasons}.",
+        details={"problems": problems},
+    )
 
 
 def _place_learners(sla: ProjectSla, nodes: Sequence[Node]) -> tuple[NodeId, ...]:

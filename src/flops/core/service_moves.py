@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from flops.core.change import Change
 from flops.core.cluster import ServiceKind, ServiceState
-from flops.core.endings import end_if_nothing_runs, end_tracking, fail
+from flops.core.endings import end_if_nothing_runs, end_tracking, fail, stop_services
 from flops.core.events import ServiceChanged, ServiceProgressed, ServiceTold
 from flops.core.ids import ServiceId, make_service_id
-from flops.core.project import Failure, Project, Stage
+from flops.core.project import ClusterState, Failure, Project, Stage
 from flops.errors import CATALOGUE, ErrorCode
 
 # The service whose failure is the project's, per stage.
@@ -44,12 +44,20 @@ def packager_id(project: Project) -> ServiceId:
 
 def learner_ids(project: Project) -> tuple[ServiceId, ...]:
     """The learners of the project's present generation, in the order of its placement."""
+    if project.training is not None and project.training.clusters:
+        return tuple(learner for cluster in project.training.clusters for learner in cluster.learners)
     count = len(project.placement.learners) if project.placement else 0
     generation = project.learner_generation
     return tuple(
         make_service_id(ServiceKind.LEARNER.value, project.id, number + 1, generation)
         for number in range(count)
     )
+
+
+def cluster_of(project: Project, aggregator: str) -> ClusterState | None:
+    """The cluster with this aggregator, in a hierarchical training."""
+    clusters = project.training.clusters if project.training is not None else ()
+    return next((cluster for cluster in clusters if cluster.aggregator == aggregator), None)
 
 
 def forget(change: Change, services: Iterable[ServiceId]) -> None:
@@ -74,8 +82,7 @@ def told(change: Change, event: ServiceTold) -> None:
     """A service gave the reason of its end before it ended."""
     failure = _located(event.failure, event.service_id, event.node)
     _remember(change, event.service_id, failure)
-    kind = _kind(event.service_id)
-    if kind == _DECISIVE.get(change.project.stage) and failure.code not in _TRANSIENT:
+    if _is_decisive(event.service_id, change.project) and failure.code not in _TRANSIENT:
         fail(change, _with_ends_of_learners(failure, change.project))
         return
     change.note(
@@ -86,6 +93,9 @@ def told(change: Change, event: ServiceTold) -> None:
     )
     if failure.code in _PERMANENT_FOR_LEARNERS:
         _lose_learner(change, event.service_id, failure)
+    cluster = cluster_of(change.project, event.service_id)
+    if cluster is not None and failure.code not in _TRANSIENT:
+        _give_up_cluster(change, cluster, failure)
 
 
 def changed(change: Change, event: ServiceChanged) -> None:
@@ -115,7 +125,6 @@ def _lost(change: Change, event: ServiceChanged) -> None:
     if event.service_id in lost:
         return
     change.set(lost_services=(*lost, event.service_id))
-    kind = _kind(event.service_id)
     change.note(
         f"The {_name(event.service_id)} on {event.node} is lost: the node is gone. "
         "It goes on when the node is back.",
@@ -123,7 +132,7 @@ def _lost(change: Change, event: ServiceChanged) -> None:
         service=event.service_id,
         node=event.node,
     )
-    if kind == _DECISIVE.get(change.project.stage):
+    if _is_decisive(event.service_id, change.project):
         change.set(doing=f"Waits for {event.node}, which has the {_name(event.service_id)} and is gone.")
     end_if_nothing_runs(change)
 
@@ -133,7 +142,6 @@ def _returned(change: Change, event: ServiceChanged) -> None:
     if event.service_id not in lost:
         return
     change.set(lost_services=tuple(service for service in lost if service != event.service_id))
-    kind = _kind(event.service_id)
     if event.state.is_final:
         return
     change.note(
@@ -142,7 +150,7 @@ def _returned(change: Change, event: ServiceChanged) -> None:
         service=event.service_id,
         node=event.node,
     )
-    if kind == _DECISIVE.get(change.project.stage):
+    if _is_decisive(event.service_id, change.project):
         change.set(doing=f"{event.node} is back; its {_name(event.service_id)} is {event.state.value}.")
 
 
@@ -166,7 +174,7 @@ def _failed(change: Change, event: ServiceChanged) -> None:
     _remember(change, event.service_id, failure)
     stage = change.project.stage
     kind = _kind(event.service_id)
-    if kind == _DECISIVE.get(stage):
+    if _is_decisive(event.service_id, change.project):
         fail(change, failure)
         return
     change.note(
@@ -178,6 +186,8 @@ def _failed(change: Change, event: ServiceChanged) -> None:
     )
     if kind == ServiceKind.LEARNER.value:
         _lose_learner(change, event.service_id, failure)
+    elif (cluster := cluster_of(change.project, event.service_id)) is not None:
+        _give_up_cluster(change, cluster, failure)
     elif kind == ServiceKind.INFERENCE.value and stage is Stage.COMPLETED:
         change.set(inference_url="", doing=f"Completed; the inference service ended: {failure.message}")
 
@@ -187,8 +197,8 @@ def _ended(change: Change, event: ServiceChanged) -> None:
 
     The project would wait in its stage for a service that is gone.
     """
-    kind, stage = _kind(event.service_id), change.project.stage
-    if kind == _DECISIVE.get(stage):
+    kind = _kind(event.service_id)
+    if _is_decisive(event.service_id, change.project):
         _failed(change, event)
         return
     forget(change, [event.service_id])
@@ -213,24 +223,50 @@ def _lose_learner(change: Change, learner: ServiceId, failure: Failure) -> None:
     if learner not in present or learner in project.failed_learners or project.stage is not Stage.TRAINING:
         return
     change.set(failed_learners=(*project.failed_learners, learner))
-    left = len(set(present) - set(change.project.failed_learners))
     configuration, training = project.sla.training_configuration, project.training
     if training is None or len(training.history) >= training.rounds_total:
         return
-    has_begun = training.round_now > 0
-    if left < (configuration.min_fit_clients if has_begun else configuration.min_available_clients):
+    cluster = next((c for c in training.clusters if learner in c.learners), None)
+    left = len(set(cluster.learners if cluster else present) - set(change.project.failed_learners))
+    has_begun = (cluster or training).round_now > 0
+    if left >= (configuration.min_fit_clients if has_begun else configuration.min_available_clients):
+        return
+    if cluster is not None:
+        _give_up_cluster(change, cluster, failure)
+    else:
         fail(change, failure)
+
+
+def _give_up_cluster(change: Change, cluster: ClusterState, failure: Failure) -> None:
+    """Leave a cluster out for good. The project fails when fewer than min_clusters are left."""
+    training = change.project.training
+    if training is None or cluster.is_given_up or change.project.stage is not Stage.TRAINING:
+        return
+    given_up = cluster.model_copy(update={"is_given_up": True, "is_joined": False})
+    clusters = tuple(given_up if c.name == cluster.name else c for c in training.clusters)
+    joined = tuple(learner for learner in training.learners if learner not in cluster.learners)
+    change.set(training=training.model_copy(update={"clusters": clusters, "learners": joined}))
+    if sum(not c.is_given_up for c in clusters) < change.project.sla.training_configuration.min_clusters:
+        fail(change, failure)
+        return
+    change.note(
+        f"The cluster {cluster.name} is left out of the training: {failure.message}",
+        kind="cluster_left_out",
+        cluster=cluster.name,
+        failure=failure.model_dump(mode="json"),
+    )
+    own = {cluster.aggregator, *cluster.learners}
+    stop_services(change, (service for service in change.project.services if service in own))
 
 
 def _show(change: Change, service: ServiceId, node: str, message: str) -> None:
     """Show what a service does; nothing happens when that is known."""
     if not message or change.project.stage.is_final or change.project.stage is Stage.STOPPING:
         return
-    kind = _kind(service)
     line = f"The {_name(service)} on {node}: {message}"
     if line == change.project.doing:
         return
-    if kind == _DECISIVE.get(change.project.stage):
+    if _is_decisive(service, change.project):
         change.set(doing=line)
     change.note(line, kind="service_progressed", service=service, node=node)
 
@@ -272,6 +308,11 @@ def _exit(event: ServiceChanged) -> str:
     return "" if event.exit_code is None else f" (exit code {event.exit_code})"
 
 
+def _is_decisive(service: ServiceId, project: Project) -> bool:
+    """Whether the service's failure is the project's."""
+    return _kind(service) == _DECISIVE.get(project.stage) and cluster_of(project, service) is None
+
+
 def _kind(service: ServiceId) -> str:
     return service.split("-", 1)[0]
 
@@ -279,4 +320,6 @@ def _kind(service: ServiceId) -> str:
 def _name(service: ServiceId) -> str:
     """What people call the service."""
     kind = _kind(service)
+    if kind == ServiceKind.AGGREGATOR.value and "-" in service.removeprefix(f"{kind}-"):
+        return "cluster's aggregator"
     return "inference service" if kind == ServiceKind.INFERENCE.value else kind

@@ -105,6 +105,8 @@ class TrainingConfiguration(StrictValue):
     min_evaluate_clients: PositiveInt = 1
     strategy: Strategy = Strategy()
     round_timeout_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 3_600.0
+    min_clusters: PositiveInt = 1  # hierarchical: of which a cycle needs answers
+    cluster_strategy: Strategy | None = None  # hierarchical: of the clusters' aggregators; None: `strategy`
     target_metric: TargetMetric | None = None
     early_stopping: EarlyStopping | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
@@ -118,6 +120,25 @@ class TrainingConfiguration(StrictValue):
                     f"{self.min_available_clients} learners take part"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _clusters_are_of_hierarchies(self) -> TrainingConfiguration:
+        if self.mode is TrainingMode.HIERARCHICAL:
+            return self
+        for key in ("min_clusters", "cluster_strategy"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for mode hierarchical only")
+        return self
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether clusters have aggregators of their own."""
+        return self.mode is TrainingMode.HIERARCHICAL
+
+    @property
+    def strategy_in_clusters(self) -> Strategy:
+        """The strategy of the clusters' aggregators."""
+        return self.cluster_strategy or self.strategy
 
 
 class ResourceConstraints(StrictValue):
@@ -150,7 +171,10 @@ class ProjectSla(StrictValue):
 
     @model_validator(mode="after")
     def _strategy_fits_flavor(self) -> ProjectSla:
-        bags_trees = self.training_configuration.strategy.name is StrategyName.FED_XGB_BAGGING
+        training = self.training_configuration
+        bags_trees = training.strategy.name is StrategyName.FED_XGB_BAGGING
+        if bags_trees != (training.strategy_in_clusters.name is StrategyName.FED_XGB_BAGGING):
+            raise ValueError("strategy and cluster_strategy are both FedXgbBagging, or none of them is")
         if self.ml_model_flavor is ModelFlavor.XGBOOST and not bags_trees:
             raise ValueError(
                 "ml_model_flavor xgboost needs training_configuration.strategy.name FedXgbBagging: "

@@ -22,7 +22,7 @@ from flops.core.events import (
 )
 from flops.core.ids import ServiceId
 from flops.core.project import Project, Round, Stage, Training
-from flops.core.rounds import best_round
+from flops.core.rounds import CYCLES, Terms, best_round
 from flops.core.service_moves import learner_ids, packager_id, service_id
 from flops.core.sla import PostTrainingStep
 
@@ -59,7 +59,7 @@ def _start_learners(change: Change, event: AggregatorListening) -> None:
     change.set(services=(*change.project.services, *learners), doing=_waiting(change, ()))
     change.note(
         f"Federated training starts: the aggregator is at {event.address}, "
-        f"{_count(len(learners), 'learner')} are to join.",
+        f"{count(len(learners), 'learner')} are to join.",
         address=event.address,
         learners=list(learners),
     )
@@ -117,7 +117,7 @@ def learner_left(change: Change, event: LearnerLeft) -> None:
         change.set(doing=_training_or_waiting(change.project))
     change.note(
         f"The learner on {event.node} has left: {event.reason.rstrip('.')}. "
-        f"{_count(len(learners), 'learner')} left.",
+        f"{count(len(learners), 'learner')} left.",
         **data,
     )
 
@@ -150,12 +150,14 @@ def round_started(change: Change, event: RoundStarted) -> None:
     training = change.project.training
     if training is None or event.round <= training.round_now:
         return
+    what = terms_of(change.project)
+    learners = count(len(event.learners), what.learner)
     change.set(
         training=training.model_copy(update={"round_now": event.round, "rounds_total": event.rounds}),
-        doing=f"Trains round {event.round} of {event.rounds} with {_count(len(event.learners), 'learner')}.",
+        doing=f"Trains {what.round.lower()} {event.round} of {event.rounds} with {learners}.",
     )
     change.note(
-        f"Round {event.round} of {event.rounds} begins with {_count(len(event.learners), 'learner')}.",
+        f"{what.round} {event.round} of {event.rounds} begins with {learners}.",
         round=event.round,
         rounds=event.rounds,
         learners=list(event.learners),
@@ -168,8 +170,7 @@ def round_completed(change: Change, event: RoundCompleted) -> None:
     record = event.record
     if training is None or (training.history and record.number <= training.history[-1].number):
         return
-    finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}
-    record = record.model_copy(update={"metrics": finite})  # JSON has no others
+    record = with_finite_metrics(record)
     history = (*training.history, record)
     best = best_round(history)
     change.set(
@@ -182,10 +183,8 @@ def round_completed(change: Change, event: RoundCompleted) -> None:
             }
         )
     )
-    text = f"Round {record.number} of {event.rounds}: {_numbers(record)}"
-    text += f", {_count(len(record.participants), 'learner')}, {record.duration_s:.2f} s."
-    if record.left_out:
-        text += f" Left out: {', '.join(record.left_out)}."
+    what = terms_of(change.project)
+    text = f"{what.round} {record.number} of {event.rounds}: {result(record, what.learner)}"
     is_last = record.number >= event.rounds
     change.set(doing="Exports and registers the best model." if is_last else text)
     change.note(text, rounds=event.rounds, record=record.model_dump(mode="json"))
@@ -199,7 +198,8 @@ def training_completed(change: Change, event: TrainingCompleted) -> None:
     change.set(model=event.model)
     best = Round(number=event.model.round, accuracy=event.model.accuracy, loss=event.model.loss)
     change.note(
-        f"The training is completed. The best model is that of round {best.number}: {_numbers(best)}; "
+        f"The training is completed. The best model is that of {terms_of(change.project).round.lower()} "
+        f"{best.number}: {_numbers(best)}; "
         f"registered as {event.model.name}, version {event.model.version}.",
         model=event.model.model_dump(mode="json"),
     )
@@ -281,9 +281,32 @@ def _training_or_waiting(project: Project) -> str:
     training = project.training or Training(rounds_total=0)
     round_ = f"round {training.round_now} of {training.rounds_total}"
     if not _lacks_learners(project):
-        return f"Trains {round_} with {_count(len(training.learners), 'learner')}."
+        return f"Trains {round_} with {count(len(training.learners), 'learner')}."
     needed = project.sla.training_configuration.min_fit_clients
     return f"Waits in {round_} for learners: {len(training.learners)} of the {needed} needed have joined."
+
+
+def with_finite_metrics(record: Round) -> Round:
+    """The round as JSON can have it, with those of its clusters."""
+    finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}
+    parts = tuple(
+        part.model_copy(update={"rounds": tuple(with_finite_metrics(own) for own in part.rounds)})
+        if part.rounds
+        else part
+        for part in record.participants
+    )
+    return record.model_copy(update={"metrics": finite, "participants": parts})
+
+
+def result(record: Round, learner: str = "learner") -> str:
+    """What came of a round, in words: its numbers, who took part and who was left out, how long it took."""
+    text = f"{_numbers(record)}, {count(len(record.participants), learner)}, {record.duration_s:.2f} s."
+    return f"{text} Left out: {', '.join(record.left_out)}." if record.left_out else text
+
+
+def terms_of(project: Project) -> Terms:
+    """What the project's rounds are called, and those who take part in them."""
+    return CYCLES if project.sla.training_configuration.is_hierarchical else Terms()
 
 
 def _numbers(record: Round) -> str:
@@ -292,5 +315,6 @@ def _numbers(record: Round) -> str:
     return ", ".join(numbers) or "no numbers"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number of things."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

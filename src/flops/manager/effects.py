@@ -22,6 +22,7 @@ from flops.manager.options import EngineOptions
 from flops.manager.service_specs import (
     aggregator_spec,
     builder_spec,
+    cluster_aggregator_specs,
     inference_spec,
     learner_specs,
     packager_spec,
@@ -72,6 +73,7 @@ class EffectRunner:
             EffectKind.DECIDE_PLACEMENT: self._decide_placement,
             EffectKind.START_BUILDER: self._start_builder,
             EffectKind.START_AGGREGATOR: self._start_aggregator,
+            EffectKind.START_CLUSTERS: self._start_clusters,
             EffectKind.START_LEARNERS: self._start_learners,
             EffectKind.BUILD_INFERENCE: self._package_model,
             EffectKind.START_INFERENCE: self._start_inference,
@@ -123,6 +125,7 @@ class EffectRunner:
         nodes = self._orchestrator.nodes()
         placement = place_project(project.sla, nodes, needs_build=project.needs_build)
         chosen = {placement.aggregator, placement.builder, placement.inference, *placement.learners}
+        chosen |= {cluster.aggregator for cluster in placement.clusters}
         names = {str(node.id): node.name for node in nodes if node.id in chosen}
         return PlacementDecided(placement=placement, nodes=names)
 
@@ -132,9 +135,15 @@ class EffectRunner:
     def _start_aggregator(self, project: Project, _effect: Effect) -> None:
         self._start(aggregator_spec(project, self._options))
 
+    def _start_clusters(self, project: Project, effect: Effect) -> None:
+        address, attempt = effect.payload["address"], effect.payload["attempt"]
+        for spec in cluster_aggregator_specs(project, address, attempt, self._options):
+            self._start(spec)
+
     def _start_learners(self, project: Project, effect: Effect) -> None:
         address, generation = effect.payload["address"], effect.payload["generation"]
-        for spec in learner_specs(project, address, generation, self._options):
+        cluster = effect.payload.get("cluster", "")
+        for spec in learner_specs(project, address, generation, self._options, cluster):
             self._start(spec)
 
     def _package_model(self, project: Project, _effect: Effect) -> LifecycleEvent | None:

@@ -30,7 +30,7 @@ from flops.core.lifecycle import IllegalTransitionError, Step, new_project, step
 from flops.core.mock_progress import RUNNING
 from flops.core.output import Output
 from flops.core.project import Failure, MockData, Project, ProjectEvent, Stage
-from flops.core.sla import MockDataSla, ProjectSla, TrainingMode
+from flops.core.sla import MockDataSla, ProjectSla
 from flops.deployment_ports import ManagerStore
 from flops.errors import ErrorCode, FlopsError
 from flops.log import log_context
@@ -111,18 +111,7 @@ class Engine:
     # What users ask
 
     def submit(self, sla: ProjectSla) -> Project:
-        """Accept a project.
-
-        Raises:
-            FlopsError: ``sla_invalid`` for what this version cannot do.
-        """
-        if sla.training_configuration.mode is not TrainingMode.CLASSIC:
-            raise FlopsError(
-                ErrorCode.SLA_INVALID,
-                "The project SLA is invalid: training_configuration.mode: this version trains in the classic "
-                f"mode only, got '{sla.training_configuration.mode.value}'.",
-                hint="Leave training_configuration.mode out, or set it to 'classic'.",
-            )
+        """Accept a project."""
         if sla.packaging is None:  # settled now: another default later changes no project
             sla = sla.model_copy(update={"packaging": self._options.packaging})
         now_s = self._clock.now_s()

@@ -26,6 +26,7 @@ from flops.wire.services import (
     InferenceConfig,
     LearnerConfig,
     MockProviderConfig,
+    ParentAggregator,
 )
 
 _RESTARTS = 5  # after crashes; a service that tells why it fails is not helped by more
@@ -85,10 +86,80 @@ def _builder(
 
 
 def aggregator_spec(project: Project, options: EngineOptions) -> ServiceSpec:
-    """The aggregator of a project."""
+    """The aggregator of a project, in a hierarchical training the root."""
     repository, environment = _repository(project), _environment(project)
+    config = _aggregator_config(project, options)
+    if project.sla.training_configuration.is_hierarchical:
+        config = config.model_copy(update=_of_root(project, options))
+    return ServiceSpec(
+        id=make_service_id(ServiceKind.AGGREGATOR.value, project.id),
+        project_id=project.id,
+        kind=ServiceKind.AGGREGATOR,
+        node_id=_placement(project).aggregator,
+        config=config.model_dump(mode="json"),
+        bundle=repository.bundle,
+        environment=environment.lock,
+        model_environment=environment.model_lock,
+        image=project.images.aggregator if project.images else "",
+        resources=aggregator_resources(project.sla.resource_constraints),
+        max_restarts=_RESTARTS,
+    )
+
+
+def cluster_aggregator_specs(
+    project: Project, address: str, attempt: int, options: EngineOptions
+) -> list[ServiceSpec]:
+    """The clusters' aggregators of a hierarchical training, below the root at an address.
+
+    They make and export no model: they need no environment of the project.
+    """
     training = project.sla.training_configuration
-    config = AggregatorConfig(
+    parent = ParentAggregator(address=address, token=_cluster_token(project, options.secret))
+    specs = []
+    for number, cluster in enumerate(_placement(project).clusters, start=1):
+        config = _aggregator_config(project, options).model_copy(
+            update={
+                "min_available_clients": len(cluster.learners),
+                "strategy": training.strategy_in_clusters,
+                "target_metric": None,
+                "early_stopping": None,
+                "parent": parent,
+                "cluster": cluster.name,
+            }
+        )
+        specs.append(
+            ServiceSpec(
+                id=make_service_id(ServiceKind.AGGREGATOR.value, project.id, number, attempt),
+                project_id=project.id,
+                kind=ServiceKind.AGGREGATOR,
+                node_id=cluster.aggregator,
+                config=config.model_dump(mode="json"),
+                image=project.images.aggregator if project.images else "",
+                resources=aggregator_resources(project.sla.resource_constraints),
+                max_restarts=_RESTARTS,
+            )
+        )
+    return specs
+
+
+def _of_root(project: Project, options: EngineOptions) -> dict[str, object]:
+    """What the root's configuration has otherwise: its learners are the clusters, its rounds the cycles."""
+    training = project.sla.training_configuration
+    rounds_s = 2 * training.training_rounds * training.round_timeout_s  # each trains, and evaluates
+    return {
+        "rounds": training.training_cycles,
+        "min_available_clients": len(_placement(project).clusters),
+        "min_fit_clients": training.min_clusters,
+        "min_evaluate_clients": training.min_clusters,
+        "round_timeout_s": rounds_s + training.round_timeout_s,
+        "learner_token": _cluster_token(project, options.secret),
+        "has_clusters": True,
+    }
+
+
+def _aggregator_config(project: Project, options: EngineOptions) -> AggregatorConfig:
+    repository, training = _repository(project), project.sla.training_configuration
+    return AggregatorConfig(
         project_id=project.id,
         customer_id=project.sla.customer_id,
         flavor=project.sla.ml_model_flavor.value,
@@ -113,25 +184,15 @@ def aggregator_spec(project: Project, options: EngineOptions) -> ServiceSpec:
             "flops.data_tags": ",".join(training.data_tags),
         },
     )
-    return ServiceSpec(
-        id=make_service_id(ServiceKind.AGGREGATOR.value, project.id),
-        project_id=project.id,
-        kind=ServiceKind.AGGREGATOR,
-        node_id=_placement(project).aggregator,
-        config=config.model_dump(mode="json"),
-        bundle=repository.bundle,
-        environment=environment.lock,
-        model_environment=environment.model_lock,
-        image=project.images.aggregator if project.images else "",
-        resources=aggregator_resources(project.sla.resource_constraints),
-        max_restarts=_RESTARTS,
-    )
 
 
 def learner_specs(
-    project: Project, address: str, generation: int, options: EngineOptions
+    project: Project, address: str, generation: int, options: EngineOptions, cluster: str = ""
 ) -> list[ServiceSpec]:
-    """The learners of a project for the aggregator at an address; those on one node share its data."""
+    """The learners of a project for the aggregator at an address; those on one node share its data.
+
+    In a hierarchical training only those of one cluster, for its aggregator.
+    """
     repository, environment = _repository(project), _environment(project)
     nodes = _placement(project).learners
     parts, seen = Counter(nodes), Counter[NodeId]()
@@ -149,6 +210,8 @@ def learner_specs(
             load_timeout_s=options.load_timeout_s,
         )
         seen[node_id] += 1
+        if cluster and number not in _numbers_in(project, cluster):
+            continue
         specs.append(
             ServiceSpec(
                 id=make_service_id(ServiceKind.LEARNER.value, project.id, number, generation),
@@ -164,6 +227,17 @@ def learner_specs(
             )
         )
     return specs
+
+
+def _numbers_in(project: Project, cluster: str) -> range:
+    """The numbers of a cluster's learners; learners are numbered through from cluster to cluster."""
+    first = 1
+    for placed in _placement(project).clusters:
+        after = first + len(placed.learners)
+        if placed.name == cluster:
+            return range(first, after)
+        first = after
+    return range(0)
 
 
 def inference_spec(project: Project, node_id: NodeId, options: EngineOptions) -> ServiceSpec:
@@ -240,6 +314,11 @@ def mock_provider_specs(mock_data: MockData) -> list[ServiceSpec]:
 def learner_token(project: Project, secret: bytes) -> str:
     """What learners show to their aggregator; derived, so that it is stored nowhere and never shown."""
     return hmac.new(secret, f"learner:{project.id}".encode(), hashlib.sha256).hexdigest()
+
+
+def _cluster_token(project: Project, secret: bytes) -> str:
+    """What the clusters' aggregators show to the root; no learner has it."""
+    return hmac.new(secret, f"cluster:{project.id}".encode(), hashlib.sha256).hexdigest()
 
 
 def _without_credentials(url: str) -> str:

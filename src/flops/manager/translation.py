@@ -116,11 +116,19 @@ def _training_started(actor: told.TrainingStarted, event: ClusterEvent, _node: s
 
 
 def _round_started(actor: told.RoundStarted, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
-    return life.RoundStarted(seq=event.seq, round=actor.round, rounds=actor.rounds, learners=actor.learners)
+    return life.RoundStarted(
+        seq=event.seq,
+        round=actor.round,
+        rounds=actor.rounds,
+        learners=actor.learners,
+        aggregator=event.service_id,
+    )
 
 
 def _round_completed(actor: told.RoundCompleted, event: ClusterEvent, _node: str) -> life.LifecycleEvent:
-    return life.RoundCompleted(seq=event.seq, rounds=actor.rounds, record=actor.record)
+    return life.RoundCompleted(
+        seq=event.seq, rounds=actor.rounds, record=actor.record, aggregator=event.service_id
+    )
 
 
 def _completed(actor: told.TrainingCompleted, event: ClusterEvent, _node: str) -> life.LifecycleEvent:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, Addon, AddonState, NodeLoad
+from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, Addon, AddonState, Node, NodeLoad
 from flops.core.placement import (
     AGGREGATOR_BASE_MEMORY_MB,
     BASE_MEMORY_MB,
@@ -180,3 +180,44 @@ def test_mock_data_goes_to_all_or_some_learner_nodes() -> None:
         place_mock_providers(nodes, 3)
     with pytest.raises(FlopsError, match="Mock data needs a learner node, but no node"):
         place_mock_providers(nodes[2:], None)
+
+
+def in_cluster(name: str, *nodes: Node) -> list[Node]:
+    return [node.model_copy(update={"cluster": name}) for node in nodes]
+
+
+def test_a_hierarchical_project_has_an_aggregator_and_learners_in_each_cluster() -> None:
+    nodes = [
+        *in_cluster("west", node_with("w1", cores=2), node_with("w2", cores=16)),
+        *in_cluster("east", node_with("e1"), node_with("e2", rows=0)),
+    ]
+    placement = place_project(sla_with(mode="hierarchical"), nodes, needs_build=False)
+    east, west = placement.clusters
+    assert (east.name, east.aggregator, east.learners) == ("east", "id-e1", ("id-e1", "id-e1"))
+    assert (west.name, west.aggregator, west.learners) == ("west", "id-w2", ("id-w2", "id-w1"))
+    assert placement.aggregator == "id-w2"
+    assert placement.learners == (*east.learners, *west.learners)
+    assert placement.left_out == {}
+
+
+def test_a_cluster_without_data_is_left_out_while_enough_others_are_there() -> None:
+    nodes = [
+        *in_cluster("east", node_with("e1")),
+        *in_cluster("south", node_with("s1", rows=0)),
+        *in_cluster("west", node_with("w1")),
+    ]
+    placement = place_project(sla_with(mode="hierarchical", min_clusters=2), nodes, needs_build=False)
+    assert [cluster.name for cluster in placement.clusters] == ["east", "west"]
+    assert "no rows for the data tag 'mnist'" in placement.left_out["south"]
+    with pytest.raises(FlopsError, match=r"3 clusters needed.*south: .*no rows") as caught:
+        place_project(sla_with(mode="hierarchical", min_clusters=3), nodes, needs_build=False)
+    assert caught.value.code is ErrorCode.PLACEMENT_IMPOSSIBLE
+
+
+def test_the_only_cluster_is_refused_as_in_the_classic_mode() -> None:
+    nodes = in_cluster("east", node_with("e1", rows=0))
+    with pytest.raises(FlopsError, match="2 learners asked") as caught:
+        place_project(sla_with(mode="hierarchical"), nodes, needs_build=False)
+    assert caught.value.code is ErrorCode.PLACEMENT_IMPOSSIBLE
+    with pytest.raises(FlopsError, match="no node has joined"):
+        place_project(sla_with(mode="hierarchical"), [], needs_build=False)

@@ -211,7 +211,8 @@ def test_a_malformed_body_is_an_error_and_starts_nothing(api: Api, path: str, bo
         {"data_tags": []},
         {"unknown": 1},
         {"min_fit_clients": 3},
-        {"mode": "hierarchical"},
+        {"min_clusters": 2},
+        {"training_cycles": 0},
     ],
 )
 def test_an_invalid_sla_starts_nothing(api: Api, change: dict[str, Any]) -> None:
