@@ -158,7 +158,7 @@ def _start_clusters(change: Change, address: str) -> None:
     names = ", ".join(cluster.name for cluster in clusters)
     change.note(
         f"Federated training starts: the root aggregator is at {address}, "
-        f"{training_moves.count(len(clusters), 'cluster')} are to join: {names}.",
+        f"and waits for {training_moves.count(len(clusters), 'cluster')}: {names}.",
         address=address,
         clusters=[cluster.name for cluster in clusters],
     )
@@ -215,7 +215,7 @@ def _start_learners(change: Change, cluster: ClusterState, address: str) -> None
     change.set(services=(*change.project.services, *learners))
     change.note(
         f"The aggregator of {cluster.name} is at {address}; "
-        f"{training_moves.count(len(learners), 'learner')} are to join it.",
+        f"it waits for {training_moves.count(len(learners), 'learner')}.",
         cluster=cluster.name,
         address=address,
         learners=list(learners),
