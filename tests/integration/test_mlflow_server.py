@@ -44,8 +44,11 @@ signal.pause()
 def make_server(tmp_path: Path) -> Iterator[Callable[..., MlflowServer]]:
     servers: list[MlflowServer] = []
 
-    def make(port: int = 0, host: str = "127.0.0.1", **environ: str) -> MlflowServer:
-        servers.append(MlflowServer(tmp_path, host, port, {**os.environ, **environ}))
+    def make(
+        port: int = 0, host: str = "127.0.0.1", *, answer_patience_s: float = 120.0, **environ: str
+    ) -> MlflowServer:
+        environ = {**os.environ, **environ}
+        servers.append(MlflowServer(tmp_path, host, port, environ, answer_patience_s=answer_patience_s))
         servers[-1].start()
         return servers[-1]
 
@@ -91,6 +94,17 @@ def test_a_killed_server_comes_back_while_a_round_is_recorded(make_server: MakeS
     assert server.restarts == 1
     assert server.is_ready()
     assert read_run(server.url, run_id).accuracy == accuracies(1, 2, 3)
+
+
+def test_a_server_that_hangs_is_replaced(make_server: MakeServer) -> None:
+    server = make_server(answer_patience_s=4.0)
+    server.wait_ready()
+    first = server.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    wait_until(lambda: server.pid not in {None, first}, timeout_s=60)
+    server.wait_ready()
+    assert is_gone(first)
 
 
 def test_stopping_frees_the_port_and_leaves_no_process_or_thread(make_server: MakeServer) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -32,6 +33,8 @@ _POLL_S = 0.05
 _RETRY_FIRST_S = 0.2
 _RETRY_MOST_S = 30.0
 _STABLE_S = 60.0  # a server that lived this long starts anew without delay
+_START_PATIENCE_S = 300.0  # of a child that has not answered yet
+_LOOK_S = 10.0  # how often is looked whether it answers
 _BACKLOG = 512
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 (compared, not bound)
 
@@ -50,10 +53,20 @@ class MlflowServer:
         host: address to listen on.
         port: port to listen on; 0 for a free one, see `port`.
         environ: environment the child starts from; MLflow's own variables in it are left out.
+        answer_patience_s: a child that has not answered for this long hangs, and is replaced.
     """
 
-    def __init__(self, home: Path, host: str, port: int, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        home: Path,
+        host: str,
+        port: int,
+        environ: Mapping[str, str],
+        *,
+        answer_patience_s: float = 120.0,
+    ) -> None:
         self._home = home.absolute()
+        self._answer_patience_s = answer_patience_s
         self._host = host
         self._port = port
         self._environ = environ
@@ -63,6 +76,7 @@ class MlflowServer:
         self._pipe: tuple[int, int] | None = None  # its end tells the child that this process is gone
         self._child: subprocess.Popen[bytes] | None = None
         self._watcher: threading.Thread | None = None
+        self._answered_s = -math.inf  # when it did last
         self.restarts = 0
 
     @property
@@ -115,9 +129,13 @@ class MlflowServer:
         if self._socket is None or self.pid is None:
             return False
         try:
-            return httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200
+            answer = httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False)
         except httpx.HTTPError:
             return False
+        if answer.status_code != httpx.codes.OK:
+            return False
+        self._answered_s = time.monotonic()
+        return True
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Wait until it answers.
@@ -161,7 +179,7 @@ class MlflowServer:
         while not self._stopping.is_set():
             started = time.monotonic()
             child = self._child
-            code = child.wait() if child is not None else None
+            code = self._await_end(child) if child is not None else None
             if self._stopping.is_set():
                 return
             if time.monotonic() - started > _STABLE_S:
@@ -176,6 +194,20 @@ class MlflowServer:
             except OSError:
                 _logger.exception("MLflow server could not be started")
                 self._child = None
+
+    def _await_end(self, child: subprocess.Popen[bytes]) -> int:
+        """Wait until the child has ended, and end it when it hangs; returns its exit code."""
+        started_s = time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(min(_LOOK_S, self._answer_patience_s / 4))
+            if self.is_ready():
+                continue
+            has_answered = self._answered_s > started_s
+            silent_s = time.monotonic() - (self._answered_s if has_answered else started_s)
+            if silent_s > (self._answer_patience_s if has_answered else _START_PATIENCE_S):
+                _logger.warning("MLflow server has not answered for %.0f s and is ended", silent_s)
+                _end(child.pid)
 
     def _launch(self) -> None:
         with self._lock:
