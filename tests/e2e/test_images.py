@@ -62,6 +62,18 @@ def test_a_project_runs_from_images_and_its_model_from_one_alone(
     registry = OciRegistry()
     assert registry.find(image).digest == image.digest
     predict_by_hand(podman, str(image), project["model"]["round"], project_id)
+    prune_all_but(f"flops/{project_id}/model", deployment)
+    assert registry.find(image).digest == image.digest
+
+
+def prune_all_but(name: str, deployment: Deployment) -> None:
+    """Only the image stays from which a service runs."""
+    listed = {image["name"]: image for image in deployment.ask("image", "list")["images"]}
+    assert len(listed) == 3
+    assert [used for used in listed if listed[used]["use"]] == [name]
+    pruned = deployment.ask("image", "prune")["images"]
+    assert {image["name"] for image in pruned} == listed.keys() - {name}
+    assert [image["name"] for image in deployment.ask("image", "list")["images"]] == [name]
 
 
 def answers(url: str) -> bool:
