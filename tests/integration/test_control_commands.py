@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.package_index import ClusterPackages
 from flops.cli.control import read_endpoint
 from flops.control.kept_ports import KeptPorts
 from flops.errors import CATALOGUE, ErrorCode
@@ -55,6 +57,20 @@ def home(tmp_path: Path) -> Iterator[Home]:
     home = Home(tmp_path / "home")
     yield home
     home.run("down")
+
+
+@pytest.mark.parametrize("index", [None, "http://127.0.0.1:1/simple"])
+def test_the_cluster_serves_packages_where_an_index_is_named(home: Home, index: str | None) -> None:
+    home.environ |= {} if index is None else {"FLOPS_PACKAGE_INDEX": index}
+    up = home.run("up", *FREE_PORTS)
+    assert up.returncode == 0, up.stderr
+    lock = "# python 3.11\none==1 --hash=sha256:" + 64 * "a" + "\n"
+    FileBlobs(home.control / "blobs").put(lock.encode())
+    api = f"http://{home.endpoint()['cluster_address']}/api"
+    site = ClusterPackages(f"{api}/blobs")
+    assert site.index_for(lock) == ("" if index is None else f"{api}/packages/simple/")
+    page = httpx.get(f"{api}/packages/simple/one/", timeout=30)
+    assert page.status_code == (404 if index is None else 503), page.text
 
 
 def test_up_status_and_down(home: Home) -> None:
