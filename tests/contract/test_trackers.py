@@ -16,9 +16,11 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from flops.adapters.memory_tracker import MemoryTracker
+from flops.adapters.mlflow_series import LEARNER_RUNS_MOST
 from flops.adapters.mlflow_server import DATABASE_FILE, MlflowServer
-from flops.adapters.mlflow_tracker import ATTEMPT_TAG, LEARNER_RUNS_MOST, MlflowTracker
+from flops.adapters.mlflow_tracker import ATTEMPT_TAG, MlflowTracker
 from flops.core.ids import ProjectId
+from flops.core.project import Participant, Round
 from flops.core.run_end import RunEnd, RunStatus
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.contracts.tracker import (
@@ -189,6 +191,61 @@ def test_many_learners_get_a_table(
     assert table[1] == "edge-0,learner-p-0,0.51,1.0,10,0.5,0.25"
     assert len(table) == LEARNER_RUNS_MOST + 2
     assert read_run(server.url, run_id).learner_accuracy == {}
+
+
+def test_clusters_have_their_rounds_and_learners_below_them(
+    server: MlflowServer, make_tracker: MakeTracker, project_id: ProjectId
+) -> None:
+    """Cycles are steps of the training, rounds those of clusters and learners; a restart repeats nothing."""
+    cycles = [cycle_of(number) for number in (1, 2)]
+    _, run_id = make_tracker().open_run(project_id, {}, {})
+    for count in (1, 2):  # the second time after a restart
+        tracker = make_tracker()
+        for cycle in cycles[:count]:
+            tracker.log_round(run_id, cycle)
+        tracker.close_run(run_id, is_success=count == 2)
+    training = read_run(server.url, run_id)
+    assert [step for step, _ in training.accuracy] == [1, 2]
+    assert training.learner_accuracy == {f"aggregator-p-{n}": [(1, 0.6), (2, 0.6)] for n in (1, 2)}
+    client = MlflowClient(server.url)
+    experiment = client.get_run(run_id).info.experiment_id
+    below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert sorted(str(run.info.run_name) for run in below) == ["cluster east", "cluster west"]
+    for cluster in below:
+        points = client.get_metric_history(cluster.info.run_id, "cluster_accuracy")
+        assert sorted((point.step, point.value) for point in points) == [
+            (n, 0.5 + n / 100) for n in (1, 2, 3, 4)
+        ]
+        learners = read_run(server.url, cluster.info.run_id).learner_accuracy
+        assert [[step for step, _ in values] for values in learners.values()] == [[1, 2, 3, 4]]
+    runs = client.search_runs([experiment])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 1 + 2 + 2
+
+
+def cycle_of(number: int) -> Round:
+    """A cycle of two clusters with one learner each, and two rounds."""
+    parts = []
+    for cluster, name in ((1, "east"), (2, "west")):
+        own = [
+            Round(
+                number=n,
+                accuracy=0.5 + n / 100,
+                participants=(Participant(learner=f"learner-p-{cluster}", node=name, rows=5, accuracy=0.4),),
+            )
+            for n in (2 * number - 1, 2 * number)
+        ]
+        parts.append(
+            Participant(
+                learner=f"aggregator-p-{cluster}",
+                node=name,
+                rows=5,
+                accuracy=0.6,
+                cluster=name,
+                rounds=tuple(own),
+            )
+        )
+    return Round(number=number, accuracy=0.6, participants=tuple(parts))
 
 
 def test_numbers_and_names_that_json_or_mlflow_do_not_take(

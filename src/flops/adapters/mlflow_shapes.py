@@ -12,6 +12,7 @@ from flops.core.project import Participant, Round
 
 TRAINING_MARK = "round_duration_s"  # metrics that every round of a run has: they tell which rounds are there
 LEARNER_MARK = "rows"
+CLUSTER_MARK = f"cluster_{TRAINING_MARK}"  # of a cluster's own rounds, counted over all cycles
 PURGE_TAG = "flops.purge"  # on a deleted experiment: it is not to be restored, and removed for good
 
 
@@ -34,6 +35,11 @@ def metrics_of_part(part: Participant) -> dict[str, float]:
     """The metrics of a learner in a round."""
     metrics = {LEARNER_MARK: float(part.rows), "fit_s": part.fit_s, "evaluate_s": part.evaluate_s}
     return metrics | _known({"accuracy": part.accuracy, "loss": part.loss})
+
+
+def metrics_in_cluster(record: Round) -> dict[str, float]:
+    """The metrics of a cluster's own model in one of its rounds, in the run that has its part in cycles."""
+    return {f"cluster_{key}": value for key, value in metrics_of(record).items()}
 
 
 def _known(metrics: Mapping[str, float | None]) -> dict[str, float]:

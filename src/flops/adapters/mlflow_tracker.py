@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import threading
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +11,36 @@ import yaml
 
 from flops.adapters.mlflow_ends import mark_ended, set_status, status_of_ended, tell_end
 from flops.adapters.mlflow_rest import MlflowRest, RefusedError, items, json_number, key_of, now_ms
+from flops.adapters.mlflow_series import MlflowRuns, RoundSeries
 from flops.adapters.mlflow_shapes import (
-    LEARNER_MARK,
     PURGE_TAG,
-    TRAINING_MARK,
     digest_of,
-    metrics_of,
-    metrics_of_part,
     model_name_of,
 )
 from flops.core.ids import ProjectId
-from flops.core.project import Participant, Round, TrainedModel
+from flops.core.project import Round, TrainedModel
 from flops.core.run_end import RunEnd
 from flops.errors import ErrorCode, FlopsError
 
-LEARNER_RUNS_MOST = 50  # above it a table per round, because a list of so many runs is unreadable
 MODEL_ALIAS = "champion"  # of the newest version in the registry
 ATTEMPT_TAG = "flops.attempt"  # give it to `open_run` when a training starts from the beginning once more
 
 _TRAINING_TAG = "flops.training"  # on the run of a training: the project's id, and the attempt if any
-_LEARNER_TAG = "flops.learner"  # on a learner's run: its service id
 _PROJECT_TAG = "flops.project_id"
 _DIGEST_TAG = "flops.digest"  # of the exported folder
 _ROUND_TAG = "flops.round"
-_FLUSH_AFTER_S = 2.0
-_BATCH_METRICS = 1000  # MLflow's limits of one call
-_BATCH_ITEMS = 100
+_BATCH_ITEMS = 100  # MLflow's limit of one call
 _PARAM_CHARACTERS = 6000
 _PAGE = 1000
-
-
-@dataclass
-class _Series:
-    """A run that gets metrics by round, and the rounds it has."""
-
-    run_id: str
-    mark: str
-    steps: set[int] = field(default_factory=set)
 
 
 class MlflowTracker:
     """Implements `flops.tracker_port.Tracker`.
 
     An experiment is a project; it has one run, its training, whose metrics are the aggregated model's by
-    round. Up to fifty learners have child runs, so that the GUI draws their curves beside each other. What is
-    logged of the learners may lag some seconds behind: it is sent together.
+    round. Up to fifty learners, or clusters with their learners below them, have child runs, so that the GUI
+    draws their curves beside each other. What is logged of the learners may lag some seconds behind: it is
+    sent together.
 
     After a restart of the caller, give `log_round` the earlier rounds again: only what is missing is sent.
 
@@ -74,10 +55,8 @@ class MlflowTracker:
         self._public_uri = (public_uri or tracking_uri).rstrip("/")
         self._api = MlflowRest(self._uri, timeout_s)
         self._lock = threading.RLock()
-        self._series: dict[str, _Series] = {}
-        self._learners: dict[str, dict[str, _Series]] = {}  # by training run, by service id
-        self._unsent: dict[str, dict[int, Round]] = {}  # by training run, by round
-        self._flushed_at: dict[str, float] = {}
+        self._runs = MlflowRuns(self._api)
+        self._rounds = RoundSeries(self._api, self._runs)
 
     def close(self) -> None:
         """Close the connections."""
@@ -97,9 +76,9 @@ class MlflowTracker:
             experiment_id = self._experiment(project_id)
             attempt = tags.get(ATTEMPT_TAG, "")
             training = f"{project_id}/{attempt}" if attempt else str(project_id)
-            run = self._find_run(experiment_id, _TRAINING_TAG, training)
+            run = self._runs.find_run(experiment_id, _TRAINING_TAG, training)
             if run is None:
-                run = self._create_run(
+                run = self._runs.create_run(
                     experiment_id,
                     "FLOps training",
                     {
@@ -115,19 +94,13 @@ class MlflowTracker:
             if run["info"]["status"] != "RUNNING" and status_of_ended(self._api, experiment_id) is None:
                 self._api.call("POST", "runs/update", {"run_id": run_id, "status": "RUNNING"})
             if (ended := status_of_ended(self._api, experiment_id)) is not None:
-                set_status(self._api, [self._run(run_id)], ended)
+                set_status(self._api, [self._runs.get(run_id)], ended)
             return experiment_id, run_id
 
     def log_round(self, run_id: str, record: Round) -> None:
         """Record a round's metrics with the round as step."""
         with self._lock:
-            series = self._series.get(run_id)
-            if series is None:
-                series = self._series[run_id] = self._read_series(run_id, TRAINING_MARK)
-            self._log_steps(series, {record.number: metrics_of(record)})
-            self._unsent.setdefault(run_id, {})[record.number] = record
-            if time.monotonic() - self._flushed_at.get(run_id, 0.0) > _FLUSH_AFTER_S:
-                self._flush(run_id)
+            self._rounds.log(run_id, record)
 
     def log_model(self, run_id: str, folder: Path, best: Round, model_name: str) -> TrainedModel:
         """Record an MLflow model folder with the best round's numbers, and register it.
@@ -142,8 +115,8 @@ class MlflowTracker:
             raise FlopsError(ErrorCode.MODEL_EXPORT_FAILED, f"{folder} is not a folder of an MLflow model.")
         model_name = model_name_of(model_name)
         with self._lock:
-            self._flush(run_id)
-            run = self._run(run_id)
+            self._rounds.flush(run_id)
+            run = self._runs.get(run_id)
             digest = digest_of(folder)
             model = self._logged_model(run, digest, best, model_name)
             model_id = str(model["info"]["model_id"])
@@ -176,16 +149,17 @@ class MlflowTracker:
     def close_run(self, run_id: str, *, is_success: bool) -> None:
         """End the run and those of its learners; one whose project has ended keeps its end."""
         with self._lock:
-            self._flush(run_id)
-            run = self._run(run_id)
+            self._rounds.flush(run_id)
+            run = self._runs.get(run_id)
             experiment_id = run["info"]["experiment_id"]
             status = status_of_ended(self._api, experiment_id) or ("FINISHED" if is_success else "FAILED")
-            children = self._search_runs(experiment_id, f"tags.`mlflow.parentRunId` = '{run_id}'")
+            children = self._runs.below(experiment_id, run_id)
             set_status(self._api, [*children, run], status)
             if (ended := status_of_ended(self._api, experiment_id)) not in {None, status}:
-                set_status(self._api, [self._run(r["info"]["run_id"]) for r in (*children, run)], str(ended))
-            for cache in (self._series, self._learners, self._unsent, self._flushed_at):
-                cache.pop(run_id, None)
+                set_status(
+                    self._api, [self._runs.get(r["info"]["run_id"]) for r in (*children, run)], str(ended)
+                )
+            self._rounds.forget(run_id)
 
     def end_runs(self, project_id: ProjectId, end: RunEnd) -> None:
         """End all runs of a project for good, and write on its training's run why it ended.
@@ -198,7 +172,7 @@ class MlflowTracker:
                 return
             experiment_id = str(experiment["experiment_id"])
             mark_ended(self._api, experiment_id, end.status)
-            runs = self._search_runs(experiment_id, "")
+            runs = self._runs.search_runs(experiment_id, "")
             set_status(self._api, runs, end.status)
             for run in runs:
                 if any(tag["key"] == _TRAINING_TAG for tag in run["data"].get("tags", [])):
@@ -223,7 +197,7 @@ class MlflowTracker:
                         continue
                     # By somebody in the GUI: what is deleted cannot be marked.
                     self._api.call("POST", "experiments/restore", {"experiment_id": experiment_id})
-                for run in self._search_runs(experiment_id, condition):
+                for run in self._runs.search_runs(experiment_id, condition):
                     self._unregister(run["info"]["run_id"], project_id)
                 # A deleted experiment would keep its name taken.
                 new_name = f"{experiment['name'].partition(' (deleted')[0]} (deleted {experiment_id})"
@@ -259,127 +233,12 @@ class MlflowTracker:
         answer = self._api.find("experiments/get-by-name", {"experiment_name": name})
         return dict(answer["experiment"]) if answer is not None else None
 
-    def _search_runs(self, experiment_id: str, condition: str) -> list[dict[str, Any]]:
-        body = {"experiment_ids": [experiment_id], "filter": condition, "max_results": _PAGE}
-        return list(self._api.call("POST", "runs/search", body).get("runs", []))
-
-    def _find_run(self, experiment_id: str, tag: str, value: str) -> dict[str, Any] | None:
-        runs = self._search_runs(experiment_id, f"tags.`{tag}` = '{value}'")
-        return min(runs, key=lambda run: int(run["info"]["start_time"])) if runs else None
-
-    def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str]) -> dict[str, Any]:
-        body = {
-            "experiment_id": experiment_id,
-            "run_name": name,
-            "start_time": now_ms(),
-            "tags": items(tags),
-        }
-        return dict(self._api.call("POST", "runs/create", body, is_repeatable=False)["run"])
-
-    def _run(self, run_id: str) -> dict[str, Any]:
-        return dict(self._api.call("GET", "runs/get", {"run_id": run_id})["run"])
-
     def _log_params(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         values = [{"key": key_of(k), "value": str(v)[:_PARAM_CHARACTERS]} for k, v in params.items()]
         for start in range(0, max(len(values), len(tags)), _BATCH_ITEMS):
             part = slice(start, start + _BATCH_ITEMS)
             body = {"run_id": run_id, "params": values[part], "tags": items(tags)[part]}
             self._api.call("POST", "runs/log-batch", body)
-
-    # Rounds
-
-    def _read_series(self, run_id: str, mark: str) -> _Series:
-        return _Series(run_id, mark, {int(point["step"]) for point in self._history(run_id, mark)})
-
-    def _history(self, run_id: str, key: str) -> list[dict[str, Any]]:
-        points: list[dict[str, Any]] = []
-        query = {"run_id": run_id, "metric_key": key, "max_results": "25000"}
-        while True:
-            answer = self._api.call("GET", "metrics/get-history", query)
-            points += answer.get("metrics", [])
-            if not answer.get("next_page_token"):
-                return points
-            query["page_token"] = answer["next_page_token"]
-
-    def _log_steps(self, series: _Series, rounds: Mapping[int, Mapping[str, float]]) -> None:
-        """Send the rounds that the run lacks, as many in one call as MLflow takes.
-
-        A call that is repeated at once does no harm: MLflow drops equal values of the same time.
-        """
-        sent_at_ms = now_ms()
-        batch: list[dict[str, Any]] = []
-        steps: set[int] = set()
-        missing = {number: rounds[number] for number in sorted(rounds) if number not in series.steps}
-        for number, metrics in missing.items():
-            if len(batch) + len(metrics) > _BATCH_METRICS:
-                self._send(series, batch, steps)
-                batch, steps = [], set()
-            batch += [
-                {"key": key, "value": json_number(value), "timestamp": sent_at_ms, "step": number}
-                for key, value in metrics.items()
-            ][:_BATCH_METRICS]
-            steps.add(number)
-        if batch:
-            self._send(series, batch, steps)
-
-    def _send(self, series: _Series, batch: Sequence[Mapping[str, Any]], steps: set[int]) -> None:
-        try:
-            self._api.call("POST", "runs/log-batch", {"run_id": series.run_id, "metrics": batch})
-        except FlopsError:
-            # Whether it arrived is not known: what the run has is read again before the next call.
-            self._series.pop(series.run_id, None)
-            self._learners = {
-                parent: {k: s for k, s in children.items() if s is not series}
-                for parent, children in self._learners.items()
-            }
-            raise
-        series.steps |= steps
-
-    def _flush(self, run_id: str) -> None:
-        """Send what is known of the learners and not yet sent."""
-        unsent = self._unsent.get(run_id, {})
-        if not unsent:
-            return
-        by_learner: dict[str, dict[int, Participant]] = {}
-        for number, record in list(unsent.items()):
-            if len(record.participants) > LEARNER_RUNS_MOST:
-                self._upload_table(run_id, record)
-                continue
-            for part in record.participants:
-                by_learner.setdefault(part.learner, {})[number] = part
-        for learner, parts in by_learner.items():
-            series = self._learner_series(run_id, learner, next(iter(parts.values())).node)
-            self._log_steps(series, {number: metrics_of_part(part) for number, part in parts.items()})
-        unsent.clear()
-        self._flushed_at[run_id] = time.monotonic()
-
-    def _learner_series(self, run_id: str, learner: str, node: str) -> _Series:
-        children = self._learners.setdefault(run_id, {})
-        if learner in children:
-            return children[learner]
-        run = self._run(run_id)
-        experiment_id = run["info"]["experiment_id"]
-        child = self._find_run(experiment_id, _LEARNER_TAG, learner)
-        if child is None:
-            tags = {"mlflow.parentRunId": run_id, _LEARNER_TAG: learner, "flops.node": node}
-            child = self._create_run(experiment_id, f"{node} · {learner}", tags)
-            series = _Series(str(child["info"]["run_id"]), LEARNER_MARK)
-        else:
-            series = self._read_series(str(child["info"]["run_id"]), LEARNER_MARK)
-        children[learner] = series
-        return series
-
-    def _upload_table(self, run_id: str, record: Round) -> None:
-        table = io.StringIO()
-        writer = csv.writer(table)
-        writer.writerow(("node", "learner", "accuracy", "loss", "rows", "fit_s", "evaluate_s"))
-        for part in record.participants:
-            numbers = (part.accuracy, part.loss, part.rows, part.fit_s, part.evaluate_s)
-            writer.writerow((part.node, part.learner, *numbers))
-        root = self._run(run_id)["info"]["artifact_uri"]
-        self._api.upload(
-            f"{root}/learners/round-{record.number:05}.csv", table.getvalue().encode(), "text/csv"
-        )
 
     # Models
 
@@ -427,7 +286,7 @@ class MlflowTracker:
         for key, value in (("accuracy", best.accuracy), ("loss", best.loss)):
             if value is None or key in has:
                 continue
-            times = [p["timestamp"] for p in self._history(run_id, key) if int(p["step"]) == best.number]
+            times = [p["timestamp"] for p in self._runs.history(run_id, key) if int(p["step"]) == best.number]
             metrics.append(
                 {
                     "key": key,
