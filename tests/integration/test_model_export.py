@@ -90,9 +90,9 @@ class Export:
         )
         self.context = context.save()
 
-    def run(self, arrays: str | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(self, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "flops.trainer.export", str(self.context)]
-        argv += [arrays or str(self.arrays), str(self.out)]
+        argv += [str(self.arrays), str(self.out)] if stdin is None else []
         return subprocess.run(argv, capture_output=True, text=True, input=stdin, cwd=self.work, check=False)
 
     def error(self) -> FlopsError:
@@ -155,14 +155,14 @@ def test_the_user_s_own_estimator_takes_its_code_along(tmp_path: Path) -> None:
 
 def test_a_warm_export_waits_for_the_parameters(tmp_path: Path) -> None:
     export = Export(tmp_path, {"model_manager.py": LINEAR, "layers.py": LAYERS}, WEIGHTS)
-    done = export.run("-", stdin=f"{export.arrays}\n")
+    done = export.run(stdin=f"{export.arrays}\n{export.out}\n")
     assert done.returncode == 0, done.stderr
     assert (export.out / "MLmodel").exists()
 
 
 def test_a_warm_export_ends_when_nobody_wants_it(tmp_path: Path) -> None:
     export = Export(tmp_path, {"model_manager.py": LINEAR, "layers.py": LAYERS}, WEIGHTS)
-    done = export.run("-")
+    done = export.run(stdin="")
     assert done.returncode == 0, done.stderr
     assert not export.out.exists()
 

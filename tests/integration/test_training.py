@@ -304,7 +304,9 @@ def _undisturbed_accuracies(stage: TrainingStage, config: object) -> list[float 
 def test_a_killed_aggregator_hands_over_what_was_trained(stage: TrainingStage) -> None:
     """Killed while the model is exported, it needs no learner any more."""
     hanging = stage.root / "hanging-export"
-    hanging.write_text(f"#!/bin/sh\ntouch {stage.root}/exporting; exec sleep 60\n")
+    hanging.write_text(
+        f"#!/bin/sh\nread -r arrays && read -r folder && touch {stage.root}/exporting; exec sleep 60\n"
+    )
     hanging.chmod(0o755)
     repo = stage.repo()
     config = stage.config(learners=1, rounds=1)

@@ -88,10 +88,11 @@ class ModelManager(ModelManagerTemplate):
 # Stands in for the environment that exports models, which takes seconds: it writes what an export writes.
 PLAYED_EXPORT = """#!/bin/sh
 set -e
-mkdir "$5.partial"
-cp "$4" "$5.partial/"
-echo "flavor: played" > "$5.partial/MLmodel"
-mv "$5.partial" "$5"
+read -r arrays && read -r folder || exit 0
+mkdir "$folder.partial"
+cp "$arrays" "$folder.partial/"
+echo "flavor: played" > "$folder.partial/MLmodel"
+mv "$folder.partial" "$folder"
 """
 
 

@@ -36,6 +36,7 @@ from flops.trainer.tracking_feed import TrackedRun, TrackingFeed
 from flops.wire.services import AggregatorConfig
 from flops.wire.training import Array
 
+_EXPORT_LEAD_S = 20.0  # before the end; its libraries are imported by then, also on a slow machine
 _TRACKING_PATIENCE_S = 300.0
 _STORE_PATIENCE_S = 300.0
 _AWAY_PATIENCE_S = 86_400.0  # of the two above: a network may be down for hours, and nothing is lost for it
@@ -114,6 +115,7 @@ class Training:
         self._work_dir = Path(context.work_dir)
         self._environ = {**environ, "PYTHONPATH": context.kit_dir}
         self._children: list[ModelProcess] = []
+        self._export: ModelProcess | None = None  # once it is started
         self._is_successful = False
         self._tier = Tier(context, config, events, join_patience_s=join_patience_s)
         self._feed = TrackingFeed(
@@ -133,6 +135,7 @@ class Training:
         """
         parameters = self._begin()
         while not self._is_over():
+            self._prepare_export()
             finished = self._tier.run_round(len(self._history) + 1, parameters)
             parameters = finished.parameters
             self._feed.add([finished.record])
@@ -203,14 +206,9 @@ class Training:
             patience_s=DISK_PATIENCE_S,
         )
         if not folder.exists():  # a folder is whole or not there; this is a restart when it is there
-            child = self._child(
-                self._context.model_python,
-                "flops.trainer.export",
-                (str(parameters), str(folder)),
-                doing="exports the model",
-                code=ErrorCode.MODEL_EXPORT_FAILED,
-            )
-            child.wait()
+            export = self._export or self._start_export()
+            export.order(str(parameters), str(folder))
+            export.wait()
         tracker, run = self._feed.wait(_TRACKING_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S)
         model = patiently(
             lambda: tracker.log_model(run.run_id, folder, best, self._config.model_name),
@@ -232,8 +230,33 @@ class Training:
         self._is_successful = True
         self._events.tell("training_completed", model=raw)
 
+    def _prepare_export(self) -> None:
+        """Have the export import its libraries beside the last rounds, since that takes seconds."""
+        if self._export is not None or not self._context.model_python:
+            return
+        missing = self._config.rounds - len(self._history)
+        if missing <= 1 or (self._history and missing * self._history[-1].duration_s < _EXPORT_LEAD_S):
+            self._export = self._start_export()
+
+    def _start_export(self) -> ModelProcess:
+        return self._child(
+            self._context.model_python,
+            "flops.trainer.export",
+            (),
+            doing="exports the model",
+            code=ErrorCode.MODEL_EXPORT_FAILED,
+            is_warm=True,
+        )
+
     def _child(
-        self, python: str, module: str, arguments: Sequence[str], *, doing: str, code: ErrorCode
+        self,
+        python: str,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        doing: str,
+        code: ErrorCode,
+        is_warm: bool = False,
     ) -> ModelProcess:
         if not python:
             raise FlopsError(ErrorCode.INTERNAL, f"The service has no environment for what {doing}.")
@@ -245,6 +268,7 @@ class Training:
             code=code,
             reveal=self._context.disclosed,
             on_end=self._tier.server.wake,
+            is_warm=is_warm,
         )
         self._children.append(child)
         return child

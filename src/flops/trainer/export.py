@@ -1,11 +1,11 @@
-"""Export parameters as an MLflow model: ``python -m flops.trainer.export CONTEXT.json ARRAYS.npz FOLDER``.
+"""Export parameters as an MLflow model: ``python -m flops.trainer.export CONTEXT.json [ARRAYS.npz FOLDER]``.
 
 Runs in the environment that saves and serves models. ARRAYS holds the parameters under the keys "0", "1", …
 in the order of `ModelManager.get_model_parameters`. FOLDER is replaced. A failure is told by the last line on
 standard error, a `FlopsError` as JSON, and by the catalogue's exit code.
 
-Nearly all of its 3 s is importing. When ARRAYS is ``-`` it imports at once, and waits for the path as a line
-on standard input, so that an aggregator can start it beside the last round; without a line it ends.
+Nearly all of its 3 s is importing. Without ARRAYS and FOLDER it imports at once, and waits for them as two
+lines on standard input, so that an aggregator can start it beside the rounds; without the lines it ends.
 
 This module is part of the actor kit. Beside the standard library and numpy it needs what the environment has:
 MLflow, and the libraries of the user's code.
@@ -57,9 +57,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         context = ActorContext.load(Path(argv[0]))
         repo = load_repository(context)
-        arrays = argv[1] if argv[1] != "-" else sys.stdin.readline().strip()
-        if arrays:
-            export(context, repo, Path(arrays), Path(argv[2]))
+        orders = argv[1:] or sys.stdin.read().splitlines()
+        if orders:
+            export(context, repo, Path(orders[0]), Path(orders[1]))
     except FlopsError as exc:
         return tell_parent(exc, context)
     except Exception as exc:  # noqa: BLE001 (the last line of defence: the aggregator reads one JSON line)

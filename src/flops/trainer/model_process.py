@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ class ModelProcess:
         code: error when it ends badly without telling why.
         reveal: what of such an error may leave the node.
         on_end: called, in another thread, when it has ended.
+        is_warm: it prepares itself, and does its work when it gets its orders; see `order`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ModelProcess:
         code: ErrorCode,
         reveal: Callable[[FlopsError], FlopsError] = lambda error: error,
         on_end: Callable[[], None] = lambda: None,
+        is_warm: bool = False,
     ) -> None:
         self._doing = doing
         self._code = code
@@ -49,6 +52,9 @@ class ModelProcess:
         self._argv, self._env = argv, dict(env)
         self._lock = threading.Lock()
         self._is_unwanted = False
+        self._orders: bytes | None = None
+        self._is_warm = is_warm
+        self._stdin: int | None = None  # our end of its standard input, until it has its orders
         self._process = self._start()
         self._result.add_done_callback(lambda _: on_end())
         self._thread = threading.Thread(target=self._watch, name="model-process", daemon=True)
@@ -58,6 +64,12 @@ class ModelProcess:
     def has_failed(self) -> bool:
         """Whether it has ended with a failure."""
         return self._result.done() and self._result.exception() is not None
+
+    def order(self, *lines: str) -> None:
+        """Give a warm child, and one that is started in its place, its orders: lines on standard input."""
+        with self._lock:
+            self._orders = "".join(f"{line}\n" for line in lines).encode()
+            self._hand_over()
 
     def wait(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait for its end; after `timeout_s` it is killed.
@@ -79,21 +91,43 @@ class ModelProcess:
         """End it if it still runs."""
         with self._lock, contextlib.suppress(OSError):
             self._is_unwanted = True
+            self._close_stdin()
             self._process.kill()
         self._thread.join(_END_PATIENCE_S)  # not for good: a process that it left may hold its output open
 
     def _start(self) -> subprocess.Popen[str]:
+        # A pipe of our own: that of Popen would be closed by communicate() before there are orders.
+        theirs, ours = os.pipe() if self._is_warm else (subprocess.DEVNULL, None)
+        self._close_stdin()
+        self._stdin = ours
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self._argv,
                 env=self._env,
-                stdin=subprocess.DEVNULL,
+                stdin=theirs,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
             )
         except OSError as exc:
+            self._close_stdin()
             raise FlopsError(self._code, f"The process that {self._doing} cannot be started: {exc}.") from exc
+        finally:
+            if ours is not None:
+                os.close(theirs)
+        self._hand_over()
+        return process
+
+    def _hand_over(self) -> None:
+        if self._orders is not None and self._stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and its end says why
+                os.write(self._stdin, self._orders)
+            self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        if self._stdin is not None:
+            os.close(self._stdin)
+            self._stdin = None
 
     def _watch(self) -> None:
         _, errors = self._process.communicate()

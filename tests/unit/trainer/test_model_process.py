@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flops.errors import ErrorCode, FlopsError
+from flops.testing.waiting import until
 from flops.trainer.model_process import ModelProcess
 
 
@@ -72,6 +73,50 @@ def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
     child.wait()
     child.kill()
     assert not child.has_failed
+
+
+WARM = "import pathlib, sys; path, text = sys.stdin.read().split(); pathlib.Path(path).write_text(text)"
+
+
+def test_a_warm_child_waits_for_its_orders(tmp_path: Path) -> None:
+    child = start(WARM, is_warm=True)
+    child.order(str(tmp_path / "out"), "done")
+    child.wait()
+    assert (tmp_path / "out").read_text() == "done"
+    child.kill()
+
+
+def test_a_warm_child_that_is_killed_gets_its_orders_again(tmp_path: Path) -> None:
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    child = start(
+        f"import os, pathlib; mark = pathlib.Path({str(mark)!r}); first = not mark.exists()\n"
+        f"if first: import sys; sys.stdin.read(); mark.touch(); os.kill(os.getpid(), 9)\n{WARM}",
+        is_warm=True,
+    )
+    child.order(str(out), "done")
+    child.wait()
+    assert out.read_text() == "done"
+    child.kill()
+
+
+def test_a_warm_child_that_is_killed_before_it_has_orders_is_there_when_they_come(tmp_path: Path) -> None:
+    mark, out = tmp_path / "mark", tmp_path / "out"
+    child = start(
+        f"import os, pathlib; mark = pathlib.Path({str(mark)!r}); first = not mark.exists()\n"
+        f"mark.touch()\nif first: os.kill(os.getpid(), 9)\n{WARM}",
+        is_warm=True,
+    )
+    until(mark.exists)
+    child.order(str(out), "done")
+    child.wait()
+    assert out.read_text() == "done"
+    child.kill()
+
+
+def test_a_warm_child_that_nobody_wants_any_more_ends() -> None:
+    child = start("import sys; sys.stdin.read()", is_warm=True)
+    child.kill()
+    assert child.has_failed
 
 
 def test_a_program_that_is_not_there_is_told() -> None:
