@@ -49,6 +49,8 @@ class ActorContext:
         images_dir: folder where a builder keeps what images are made of; "" elsewhere.
         data_address: ``host:port`` of the node's ML data server, "" when the node has none.
         data_token: token for it with the rights this service needs, and no more.
+        authority: certificate (PEM) of the cluster's authority, "" where the cluster does not encrypt.
+        key: what this service shows to the cluster, beside its id; "" likewise.
         disclosure: what the node reveals about failures of users' code, a value of `Disclosure`.
         config: the kind's configuration, one of the models of `flops.wire.services`, as JSON.
     """
@@ -67,6 +69,8 @@ class ActorContext:
     images_dir: str = ""
     data_address: str = ""
     data_token: str = ""
+    authority: str = ""
+    key: str = ""
     disclosure: str = Disclosure.FULL.value
     config: dict[str, Any] = field(default_factory=dict)
 

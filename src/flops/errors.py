@@ -68,6 +68,9 @@ class ErrorCode(StrEnum):
     SERVICE_NOT_FOUND = "service_not_found"
     SERVICE_FAILED = "service_failed"
     OUT_OF_MEMORY = "out_of_memory"
+    JOIN_REFUSED = "join_refused"
+    CERTIFICATE_REFUSED = "certificate_refused"
+    ENCRYPTION_MISMATCH = "encryption_mismatch"
 
     # Data
     TAG_INVALID = "tag_invalid"
@@ -203,6 +206,15 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ErrorCode.SERVICE_FAILED: ErrorSpec(502, 55, "`flops project logs --service …` shows its output."),
     ErrorCode.OUT_OF_MEMORY: ErrorSpec(
         507, 56, "Raise resource_constraints.memory (MB), or use less data at once."
+    ),
+    ErrorCode.JOIN_REFUSED: ErrorSpec(
+        403, 57, "Get a new token with `flops node invite` on the machine of the control plane."
+    ),
+    ErrorCode.CERTIFICATE_REFUSED: ErrorSpec(
+        403, 58, "Join anew: `flops node invite` there, `NodeEngine --token TOKEN -d` here."
+    ),
+    ErrorCode.ENCRYPTION_MISMATCH: ErrorSpec(
+        400, 59, "Both sides encrypt, or both are told not to; docs/security.md says how each is told."
     ),
     ErrorCode.TAG_INVALID: ErrorSpec(
         400, 60, "A tag is 1 to 64 letters, digits, '-' or '_', and begins with a letter or digit."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,14 @@ def default_home() -> Path:
     return Path(platformdirs.user_data_dir("flops"))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine reach an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class ControlSettings(Settings):
     """The control plane: manager, cluster orchestrator and MLflow server."""
 
@@ -60,6 +69,12 @@ class ControlSettings(Settings):
     cluster_host: str = Field("127.0.0.1", description="address that NodeEngines dial")
     cluster_port: int = Field(10_100, ge=0, le=65_535, description="port that NodeEngines dial")
     tracking_port: int = Field(7027, ge=0, le=65_535, description="port of the MLflow server and its GUI")
+    encryption: str = Field(
+        "auto",
+        pattern="^(auto|on|off)$",
+        description="whether nodes join by token and TLS: `on`, `off`, or `auto`: unless on loopback",
+    )
+    certificate_hours: float = Field(168.0, gt=0, description="life of a certificate; renewed at two thirds")
     inference_port: int = Field(8080, ge=1, le=65_535, description="first port tried by inference services")
     load_timeout_s: int = Field(
         600, ge=1, description="longest loading of a learner's code and data without a new row, in seconds"
@@ -94,6 +109,10 @@ class ControlSettings(Settings):
     def control_dir(self) -> Path:
         """State of the control plane."""
         return self.home / "control"
+
+    def encrypts(self, host: str) -> bool:
+        """Whether what listens at an address encrypts."""
+        return self.encryption == "on" or (self.encryption == "auto" and not is_loopback(host))
 
 
 class ClientSettings(Settings):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import ssl
 import uuid
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -23,12 +23,12 @@ class HttpBlobClient:
 
     Args:
         url: base URL of the blobs.
-        tls: how to encrypt; None for the default.
+        options: of the HTTP client, such as `verify`: how to encrypt.
     """
 
-    def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, url: str, **options: Any) -> None:
         self._url = url
-        self._verify: ssl.SSLContext | bool = tls if tls is not None else True
+        self._options = options
 
     def fetch(self, digest: Digest, path: Path) -> None:
         """Bring a blob's verified bytes into a file; it is whole or it is not there.
@@ -54,7 +54,7 @@ class HttpBlobClient:
         seen = hashlib.sha256()
         # The environment's proxies do not lead to the cluster.
         with (
-            httpx.Client(verify=self._verify, trust_env=False, timeout=_TIMEOUT_S) as client,
+            httpx.Client(trust_env=False, timeout=_TIMEOUT_S, **self._options) as client,
             client.stream("GET", f"{self._url}/{digest}") as response,
         ):
             if response.status_code != httpx.codes.OK:

@@ -6,16 +6,25 @@ import contextlib
 import ssl
 
 from pydantic import ValidationError
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidMessage,
+    InvalidStatus,
+    InvalidURI,
+)
 from websockets.sync.client import ClientConnection, connect
 
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.cluster_tls import alert_of, speaks_tls, tls_problem
 from flops.wire.node import FROM_CLUSTER, FromCluster, FromNode
 
 OPEN_TIMEOUT_S = 5.0
 _PING_INTERVAL_S = 5.0
 _PING_TIMEOUT_S = 10.0  # a cluster that is silent for longer is dialled anew
 _CLOSE_TIMEOUT_S = 1.0
+_PROBE_S = 2.0  # to find out why a connection broke off
+_BROKEN_OFF = (InvalidMessage, ConnectionClosed, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)
 _MAX_MESSAGE_BYTES = 64 * 1024**2
 
 
@@ -85,7 +94,7 @@ def dial_cluster(
         timeout_s: how long opening may take.
 
     Raises:
-        FlopsError: ``unreachable``.
+        FlopsError: ``unreachable``, ``certificate_refused``, ``encryption_mismatch``.
     """
     scheme = "wss" if tls is not None else "ws"
     stack = contextlib.ExitStack()
@@ -103,10 +112,37 @@ def dial_cluster(
             max_size=_MAX_MESSAGE_BYTES,
         )
         connection = stack.enter_context(connecting)
-    except (OSError, TimeoutError, InvalidHandshake, InvalidURI) as exc:
+    except (OSError, TimeoutError, InvalidHandshake, InvalidURI, ConnectionClosed) as exc:
         stack.close()
+        problem = _plain_problem(exc, cluster) if tls is None else _tls_problem(exc, cluster, tls)
+        if problem is not None:
+            raise problem from exc
         raise FlopsError(ErrorCode.UNREACHABLE, f"No cluster answers at {cluster}: {_reason(exc)}.") from exc
     return WebSocketLink(connection, stack, cluster)
+
+
+def _tls_problem(exc: Exception, cluster: str, tls: ssl.SSLContext) -> FlopsError | None:
+    """What it means when TLS fails, or ends at once: the alert may have come after the handshake."""
+    problem = tls_problem(exc, cluster)
+    if problem is not None or not isinstance(exc, _BROKEN_OFF):
+        return problem
+    return alert_of(*_host_and_port(cluster), tls, _PROBE_S)
+
+
+def _host_and_port(cluster: str) -> tuple[str, int]:
+    host, _, port = cluster.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _plain_problem(exc: Exception, cluster: str) -> FlopsError | None:
+    """What it means when something answers that does not speak HTTP."""
+    if not isinstance(exc, _BROKEN_OFF) or not speaks_tls(*_host_and_port(cluster), _PROBE_S):
+        return None
+    return FlopsError(
+        ErrorCode.ENCRYPTION_MISMATCH,
+        f"The cluster at {cluster} encrypts, and this node has no certificate of it.",
+        hint="Join with a token: `flops node invite` there, then `NodeEngine --token TOKEN -d` here.",
+    )
 
 
 def _reason(exc: Exception) -> str:

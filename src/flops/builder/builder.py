@@ -20,6 +20,7 @@ from flops.core.ids import Digest, EnvironmentKey
 from flops.core.project import Environment
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Environments
+from flops.wire.cluster_tls import http_options
 from flops.wire.services import BuilderConfig, ImageOrder
 
 _TIMEOUT_S = 60.0
@@ -129,7 +130,9 @@ class _Build:
         for note in environment.notes:
             self._report(note)
         locks = (lock, model_lock)
-        with httpx.Client(timeout=_TIMEOUT_S, transport=httpx.HTTPTransport(retries=2)) as client:
+        options = http_options(context.authority, context.service_id, context.key)
+        transport = httpx.HTTPTransport(retries=2, verify=options.pop("verify", True))
+        with httpx.Client(timeout=_TIMEOUT_S, transport=transport, **options) as client:
             for text in locks:  # first: the cluster serves packages only of locks that it has
                 _store(client, context.blobs_url, text.encode())
         if is_built:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -69,6 +70,51 @@ def show_node(
     print_data(found, output_format, lambda: show_one_node(found))
 
 
+@node.command("invite")
+def invite_node(
+    nodes: Annotated[int, typer.Option("--nodes", help="How many nodes may join by the token.")] = 1,
+    duration: Annotated[str, typer.Option("--for", help="How long: 30m, 1h, 7d.")] = "1h",
+    addons: Annotated[
+        str | None, typer.Option("--addons", help="What they may switch on, with commas between [all].")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Where they reach the cluster, when it is not as it listens."),
+    ] = None,
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Make a token by which nodes on other machines join; it is shown once."""
+    from flops.node.configuration import find_addon
+    from flops.wire.rest import InvitationMade
+
+    body: dict[str, Any] = {"nodes": nodes, "for_s": seconds_of(duration), "address": address}
+    if addons is not None:
+        body["addons"] = [find_addon(name) for name in addons.split(",") if name.strip()]
+    with connected() as api:
+        made = api.post("/invitations", InvitationMade, body)
+
+    def show() -> None:
+        print_line(made.token)
+        say(f"On {'the new machine' if nodes == 1 else f'each of {nodes} machines'}, within {duration}:")
+        say("sudo NodeEngine --token TOKEN -d")
+
+    print_data(made, output_format, show)
+
+
+def seconds_of(text: str) -> float:
+    """Read a duration such as 30m, 1h or 7d.
+
+    Raises:
+        FlopsError: ``usage``.
+    """
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
+    if found is None or not int(found[1]):
+        raise FlopsError(
+            ErrorCode.USAGE, f"{text!r} is no duration.", hint="Say it as 90s, 30m, 1h or 7d; at most 366d."
+        )
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}[found[2]]
+
+
 @node.command("remove")
 def remove_node(
     name: Annotated[str, typer.Argument(help="Name or id of the node.")],
@@ -77,7 +123,7 @@ def remove_node(
     ] = False,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
-    """Forget a node that is gone and will not come back."""
+    """Forget a node that is gone for good; lock out one that joined by a token, at once."""
     from flops.wire.rest import Message
 
     with connected() as api:

@@ -108,18 +108,19 @@ def _examine_tracking(status: ControlStatus) -> Iterator[Finding]:
 def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) -> Iterator[Finding]:
     listening = {
         "the manager": status.manager_url.rpartition("://")[2].rpartition(":")[0],
-        "the cluster": status.cluster_address.rpartition(":")[0],
+        **({} if status.is_cluster_encrypted else {"the cluster": status.cluster_address.rpartition(":")[0]}),
         "MLflow": status.tracking_url.rpartition("://")[2].rpartition(":")[0],
         **{f"node {node.name}": node.facts.address for node in nodes if node.is_connected},
     }
     open_ones = [f"{name} ({host})" for name, host in listening.items() if not is_loopback(host)]
     if open_ones:
-        what = f"Nothing is encrypted, and others on the network can reach: {', '.join(open_ones)}."
+        what = f"Others on the network can reach, without encryption: {', '.join(open_ones)}."
         yield warning(
             "encryption", HERE, what, "Use a network that you trust, such as a VPN or a closed subnet."
         )
     else:
-        yield known("encryption", HERE, "Nothing is encrypted; everything listens on this machine only.")
+        what = "Nodes are spoken to by TLS." if status.is_cluster_encrypted else "Nothing is encrypted."
+        yield known("encryption", HERE, f"{what} All else listens on this machine only.")
 
 
 def _examine_nodes(nodes: tuple[ExaminedNode, ...]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flops import __version__
 from flops.adapters.host_facts import LocalHost
-from flops.adapters.node_link import client_tls, dial_cluster
+from flops.adapters.node_link import dial_cluster
 from flops.adapters.system_clock import SystemClock
 from flops.cli.examination import HERE, WAIT_S, Check, examine_disk, is_answering, skew_against
 from flops.cli.node_config import load_configuration
@@ -33,6 +33,7 @@ from flops.core.health import (
 )
 from flops.node.home import running_pid
 from flops.wire.flight import ENDPOINT_FILE
+from flops.wiring.membership import Membership
 from flops.wiring.node_files import node_build_tools, node_engine_findings
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _examine_daemon(paths: NodePaths) -> Iterator[Finding]:
 
 def _examine_cluster(paths: NodePaths) -> Iterator[Finding]:
     conf = load_configuration(paths)
-    tls = client_tls(*conf.client_certificate) if conf.is_cluster_tls else None
+    tls = Membership(paths, conf, SystemClock()).tls
     dial_cluster(conf.cluster, tls=tls, timeout_s=WAIT_S).close()
     yield fine("cluster", conf.cluster, "It can be reached, and takes nodes.")
     if tls is None:

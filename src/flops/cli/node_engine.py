@@ -10,13 +10,8 @@ from typing import Annotated
 
 import typer
 
-from flops.cli.node_config import (
-    change_configuration,
-    cluster_of,
-    config,
-    load_configuration,
-    paths_of,
-)
+from flops.cli.node_config import config, load_configuration, paths_of
+from flops.cli.node_join import Joining, keep_cluster
 from flops.cli.output import FormatOption, OutputFormat, print_data, print_line, run_app, say
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 
@@ -57,6 +52,13 @@ def start(
     port: Annotated[
         int | None, typer.Option("-p", "--clusterPort", help="Port of the cluster; kept likewise [10100].")
     ] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="Join by what `flops node invite` printed.")
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Do without encryption, also to another machine; kept likewise."),
+    ] = False,
     is_detached: Annotated[
         bool, typer.Option("-d", "--detach", "--detatch", help="Run in the background.")
     ] = False,
@@ -67,46 +69,33 @@ def start(
     """Make this machine a node of a FLOps cluster. Without a subcommand, start the NodeEngine."""
     context.obj = None if home is None else home.expanduser().absolute()  # the daemon runs elsewhere
     if context.invoked_subcommand is not None:
-        if address is not None or port is not None or is_detached:
+        if is_detached or insecure or any(given is not None for given in (address, port, token)):
             raise FlopsError(
                 ErrorCode.USAGE,
-                f"-a, -p and -d start the NodeEngine; they do not go with {context.invoked_subcommand!r}.",
+                "-a, -p, -d, --token and --insecure start the NodeEngine; "
+                f"they do not go with {context.invoked_subcommand!r}.",
             )
         return
-    _start(context, address, port, is_detached=is_detached)
+    if token is not None and insecure:
+        raise FlopsError(ErrorCode.USAGE, "--token encrypts, --insecure does not: give one of them.")
+    joining = Joining(address, port, token, is_insecure=insecure)
+    _start(context, joining, is_detached=is_detached)
 
 
-def _start(context: typer.Context, address: str | None, port: int | None, *, is_detached: bool) -> None:
+def _start(context: typer.Context, joining: Joining, *, is_detached: bool) -> None:
     from flops.cli.node_process import is_run_by_systemd, start_daemon
     from flops.node.home import already_running, running_pid
 
     paths = paths_of(context)
     if running_pid(paths.pid) is not None:
         raise already_running(paths.pid)
-    _keep_cluster(context, address, port)
+    keep_cluster(paths, joining)
     if is_detached or is_run_by_systemd(paths):
         start_daemon(paths, context.obj)
         print_line(STARTED)
         _tell_join(context)
     if not is_detached:
         _stay(context)
-
-
-def _keep_cluster(context: typer.Context, address: str | None, port: int | None) -> None:
-    """Store what was given for later starts; also writes a first configuration."""
-    from flops.node.configuration import check_port
-
-    paths = paths_of(context)
-    values: dict[str, str | int] = {}
-    if address is not None:
-        host, port = cluster_of(address, port)
-        values["cluster_address"] = host
-    if port is not None:
-        values["cluster_port"] = check_port(port)
-    if values or not paths.conf.exists():
-        change_configuration(paths, lambda conf: conf.with_values(**values))
-    else:
-        load_configuration(paths)
 
 
 def _tell_join(context: typer.Context) -> None:

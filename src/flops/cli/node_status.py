@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flops.cli.findings import SYMBOLS, health_line
 from flops.cli.output import print_facts, print_line
 from flops.core.cluster import IMAGE_BUILDER_ADDON, AddonState
+from flops.errors import FlopsError
 
 if TYPE_CHECKING:
     from flops.core.health import Health
@@ -32,6 +33,7 @@ def status_data(
         "configured_addons": conf.addons,
         "configured_disclosure": conf.disclosure.value,
         "health": _health(paths, conf, report, pid).model_dump(mode="json"),
+        "certificate": _certificate(paths),
         "node": None if report is None else report.model_dump(mode="json"),
     }
 
@@ -58,6 +60,7 @@ def show_status(
             ("node", f"{report.name} ({report.node_id})"),
             ("version", report.version),
             ("cluster", _cluster(report)),
+            ("certificate", _certificate_line(paths)),
             ("limits", ", ".join(report.limits) or "none"),
             ("not limited", report.limits_note),
             ("disclosure", f"{report.disclosure} ({report.disclosure.meaning})"),
@@ -76,6 +79,28 @@ def _health(paths: NodePaths, conf: NodeConfiguration, report: NodeReport | None
     from flops.core.health import health_of
 
     return health_of(list(node_findings(paths, conf, report, pid)))
+
+
+def _certificate(paths: NodePaths) -> dict[str, Any] | None:
+    """Who signed the node's certificate, and until when it is good; None without one."""
+    if not paths.identity.exists():
+        return None
+    from flops.adapters.node_identity import read_identity
+
+    try:
+        identity = read_identity(paths.identity)
+    except FlopsError as error:
+        return {"problem": error.message}
+    if identity is None:
+        return None
+    return {"signer": identity.signer, "not_after_s": identity.not_after_s}
+
+
+def _certificate_line(paths: NodePaths) -> str:
+    found = _certificate(paths)
+    if found is None:
+        return ""
+    return found.get("problem") or f"of {found['signer']}, until {_time(found['not_after_s'])}; renews itself"
 
 
 def _cluster(report: NodeReport) -> str:

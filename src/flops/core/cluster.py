@@ -188,6 +188,7 @@ class ServiceSpec(Value):
     image: str = ""  # OCI image with all of that, as ``name@sha256:…``; "" to run from environments
     resources: Resources = Resources()
     max_restarts: int = 0  # restarts by the node after a failure, with back-off
+    key: str = ""  # shown to the cluster's port, if that is encrypted; put in when its node is told
     max_unheard_restarts: int | None = None  # while it has never told that it listens; None: max_restarts
 
 

@@ -8,13 +8,21 @@ from flops.core.cluster import Node, Service, ServiceState, ServiceStatus, Servi
 from flops.errors import ErrorCode, FlopsError
 
 
-def check_removal(node: Node, services: Sequence[Service], *, is_forced: bool) -> None:
+def check_removal(
+    node: Node, services: Sequence[Service], *, is_forced: bool, is_locked_out: bool = False
+) -> None:
     """Refuse to remove a node that is there, or, unless forced, one with services that have not ended.
+
+    Args:
+        node: the node.
+        services: those of it that have not ended.
+        is_forced: whether its services may be given up.
+        is_locked_out: whether it cannot come back by itself; else one that is there would do so at once.
 
     Raises:
         FlopsError: ``conflict``.
     """
-    if node.is_connected:
+    if node.is_connected and not is_locked_out:
         raise FlopsError(
             ErrorCode.CONFLICT,
             f"Node {node.name} is connected.",

@@ -19,7 +19,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.manager.engine import Engine
 from flops.manager.gate import Gate, error_response
 from flops.manager.images import ImageShelf
-from flops.manager.routes import build_routes
+from flops.manager.routes import Invite, build_invitations, build_routes, nobody_is_invited
 from flops.ports import BlobStreams
 from flops.wire.rest import ControlStatus, ErrorBody, Message
 
@@ -34,6 +34,7 @@ def build_app(
     status: Callable[[], ControlStatus],
     blobs: BlobStreams,
     images: ImageShelf,
+    invite: Invite = nobody_is_invited,
 ) -> FastAPI:
     """Build the REST application.
 
@@ -44,6 +45,7 @@ def build_app(
         status: tells the state of the control plane; quick, and called on several threads.
         blobs: take the datasets that users send along.
         images: those in the registry.
+        invite: makes tokens for nodes.
     """
     app = FastAPI(
         title="FLOps",
@@ -60,6 +62,7 @@ def build_app(
         return Message(message="ok")
 
     app.include_router(build_routes(engine, status, blobs, images))
+    app.include_router(build_invitations(invite))
     _describe(app)
 
     @app.get("/openapi/openapi.json", include_in_schema=False)

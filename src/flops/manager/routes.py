@@ -27,6 +27,8 @@ from flops.wire.rest import (
     ControlStatus,
     DeployRequest,
     ImageList,
+    InvitationMade,
+    InvitationRequest,
     Message,
     MockDataCreated,
     MockDataList,
@@ -53,6 +55,18 @@ _MOCK_BODY = {
 
 def _json_body(schema: dict[str, Any], *, is_required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": is_required, "content": {"application/json": {"schema": schema}}}}
+
+
+Invite = Callable[[InvitationRequest], InvitationMade]
+
+
+def nobody_is_invited(_wanted: InvitationRequest) -> InvitationMade:
+    """Of a manager without a cluster that takes tokens.
+
+    Raises:
+        FlopsError: ``conflict``.
+    """
+    raise FlopsError(ErrorCode.CONFLICT, "Nodes join this cluster without a token.")
 
 
 def build_routes(
@@ -208,7 +222,7 @@ def _add_cluster(router: APIRouter, engine: Engine, status: Callable[[], Control
         name: str,
         force: Annotated[bool, Query(description="also with services: they have failed then")] = False,
     ) -> Message:
-        """Forget a node that is gone for good, by its name or id."""
+        """Forget a node that is gone for good; lock out one that joined by a token, at once."""
         node = engine.remove_node(name, is_forced=force)
         return Message(message=f"Node {node.name} ({node.id}) was removed.")
 
@@ -221,6 +235,18 @@ def _add_cluster(router: APIRouter, engine: Engine, status: Callable[[], Control
     def show_tracking_server() -> TrackingServer:
         """Where the MLflow server is; the same for every customer."""
         return TrackingServer(tracking_server_url=status().tracking_url)
+
+
+def build_invitations(invite: Invite) -> APIRouter:
+    """The endpoint by which nodes are invited."""
+    router = APIRouter(prefix="/api/flops")
+
+    @router.post("/invitations", tags=["cluster"])
+    def invite_nodes(wanted: InvitationRequest | None = None) -> InvitationMade:
+        """Make a token by which nodes join a cluster that encrypts."""
+        return invite(wanted or InvitationRequest())
+
+    return router
 
 
 def _add_administration(router: APIRouter, engine: Engine, blobs: BlobStreams) -> None:

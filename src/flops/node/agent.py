@@ -47,6 +47,7 @@ class NodeAgent:
         view: what the node tells about itself.
         supervisor: what the cluster commands.
         clock: for the report's times.
+        must_redial: whether the connection is to be made anew, since something about it has changed.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class NodeAgent:
         view: NodeView,
         supervisor: Supervisor,
         clock: Clock,
+        must_redial: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._must_redial = must_redial
         self._dial = dial
         self._view = view
         self._supervisor = supervisor
@@ -95,8 +98,9 @@ class NodeAgent:
             welcome = session.open()
             _log.info("joined the cluster %s", welcome.cluster)
             self._set_link(is_connected=True, detail=welcome.cluster)
-            session.serve(self._is_stopping.is_set)
-            session.say_goodbye(timeout_s=GOODBYE_TIMEOUT_S)
+            session.serve(lambda: self._is_stopping.is_set() or self._must_redial())
+            if self._is_stopping.is_set():
+                session.say_goodbye(timeout_s=GOODBYE_TIMEOUT_S)
         finally:
             if self.link.is_connected:
                 self._lost_at_s = time.monotonic()

@@ -54,6 +54,11 @@ class NodeConfiguration:
         return bool(self.raw.get("cluster_ssl"))
 
     @property
+    def is_insecure(self) -> bool:
+        """Whether a cluster on another machine may be spoken to without encryption."""
+        return bool(self.raw.get("cluster_insecure"))
+
+    @property
     def cluster(self) -> str:
         """``host:port`` of the cluster."""
         host = self.cluster_address
@@ -169,6 +174,7 @@ def check_configuration(raw: object) -> NodeConfiguration:
         "cluster_address": str,
         "cluster_port": int,
         "cluster_ssl": bool,
+        "cluster_insecure": bool,
         "app_logs": str,
         "public_ip": bool,
         "mqtt_cert_file": str,

@@ -43,6 +43,11 @@ class NodePaths:
         return self.home / "node_id"
 
     @property
+    def identity(self) -> Path:
+        """The node's key, and its certificate of a cluster that encrypts; readable by its owner only."""
+        return self.home / "identity.pem"
+
+    @property
     def services(self) -> Path:
         """One folder per service that the cluster placed here."""
         return self.home / "services"

@@ -75,6 +75,7 @@ class NodeSite:
         environments_dir: folder of the environments on this node.
         images_dir: folder of what images are made of.
         inherited: the daemon's environment variables.
+        authority: certificate of the cluster's authority, "" where it does not encrypt.
         disclosure: what the operator lets others see when users' code fails here.
     """
 
@@ -85,6 +86,7 @@ class NodeSite:
     environments_dir: Path
     images_dir: Path
     inherited: Mapping[str, str]
+    authority: str = ""
     disclosure: Disclosure = Disclosure.FULL
 
     def hides_output(self, kind: ServiceKind) -> bool:
@@ -153,6 +155,8 @@ class Preparer:
             images_dir=str(self.site.images_dir) if spec.kind is ServiceKind.BUILDER else "",
             data_address=address,
             data_token=token,
+            authority=self.site.authority,
+            key=spec.key if self.site.authority else "",
             disclosure=self.site.disclosure.value,
             config=spec.config,
         )

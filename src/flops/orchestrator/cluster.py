@@ -12,8 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from flops.core.admission import NodeCertificate, PeerCertificate, certificate_refused
 from flops.core.cluster import (
     NODE_LOST_AFTER_S,
+    Addon,
     ClusterEvent,
     Node,
     NodeLoad,
@@ -25,6 +27,7 @@ from flops.core.ids import NodeId, ServiceId
 from flops.core.node_removal import check_removal, status_when_node_removed
 from flops.core.output import Output
 from flops.errors import ErrorCode, FlopsError
+from flops.orchestrator.admission import Admission, check_addons
 from flops.orchestrator.log_requests import ANSWER_TIMEOUT_S, LogRequests
 from flops.orchestrator.records import ClusterRecords
 from flops.orchestrator.service_rules import (
@@ -77,9 +80,10 @@ class NodeLink(Protocol):
 class NodeSession:
     """A node's accepted connection, as `ClusterOrchestrator.connect` returns it."""
 
-    def __init__(self, node_id: NodeId, link: NodeLink) -> None:
+    def __init__(self, node_id: NodeId, link: NodeLink, certificate: NodeCertificate | None = None) -> None:
         self.node_id = node_id
         self.link = link
+        self.certificate = certificate  # None where the cluster does not encrypt
 
 
 class ClusterOrchestrator:
@@ -92,6 +96,7 @@ class ClusterOrchestrator:
         clock: tells when a node was heard last.
         name: the cluster's name, told to nodes.
         logs_timeout_s: how long a node may take to send a service's output.
+        admission: knows the certificates of nodes; None where the cluster's port is not encrypted.
     """
 
     def __init__(
@@ -101,8 +106,10 @@ class ClusterOrchestrator:
         *,
         name: str = "default",
         logs_timeout_s: float = ANSWER_TIMEOUT_S,
+        admission: Admission | None = None,
     ) -> None:
         self._store = store
+        self._admission = admission
         self._clock = clock
         self._name = name
         self._lock = threading.Lock()
@@ -130,6 +137,8 @@ class ClusterOrchestrator:
     def remove_node(self, node_id: NodeId, *, is_forced: bool = False) -> None:
         """Forget a node that is gone for good. If it comes back all the same, it joins as a new one.
 
+        One that has a certificate is locked out at once, also while it is connected.
+
         Args:
             node_id: the node.
             is_forced: also when it has services that would go on if it came back: they have failed then.
@@ -142,9 +151,15 @@ class ClusterOrchestrator:
             if node is None:
                 raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"Node {node_id} is unknown.")
             services = [s for s in self._records.services_of(node_id) if not s.status.state.is_final]
-            check_removal(node, services, is_forced=is_forced)
+            is_member = self._admission is not None and self._admission.is_member(node_id)
+            check_removal(node, services, is_forced=is_forced, is_locked_out=is_member)
+            if self._admission is not None:
+                self._admission.expel(node_id)
             for service in services:  # the node comes last: after a kill, the removal can be repeated
                 self._records.put_status(service, status_when_node_removed(service, node.name))
+                self._send(node_id, RemoveService(service_id=service.spec.id))
+            self._drop(node_id, certificate_refused(node_id, "was removed from the cluster"))
+            self._heard_at_s.pop(node_id, None)
             self._records.remove_node(node_id)
         _log.warning("node %s (%s) was removed", node.name, node_id)
 
@@ -161,7 +176,7 @@ class ClusterOrchestrator:
                 )
             if spec.id not in self._records.services:
                 self._records.add_service(spec)
-                self._send(spec.node_id, StartService(spec=spec))
+                self._send(spec.node_id, StartService(spec=self._with_key(spec)))
 
     def stop_service(self, service_id: ServiceId) -> None:
         """Have a service ended, with all its children. An unknown or ended service is no error.
@@ -242,20 +257,24 @@ class ClusterOrchestrator:
 
     # Connections of nodes
 
-    def connect(self, hello: Hello, link: NodeLink) -> NodeSession:
+    def connect(self, hello: Hello, link: NodeLink, peer: PeerCertificate | None = None) -> NodeSession:
         """Accept a node's connection and send it `Welcome`; an earlier connection of the same node ends.
 
+        Args:
+            hello: what the node says first.
+            link: our end of the connection.
+            peer: the certificate that it has shown.
+
         Raises:
-            FlopsError: ``conflict`` for another protocol version, ``usage`` for a node without id or name.
+            FlopsError: ``conflict`` for another protocol version, ``usage`` for a node without id or name,
+                ``certificate_refused``, ``forbidden`` for addons that it was not invited for.
         """
         _check(hello)
-        session = NodeSession(NodeId(hello.node_id), link)
-        with self._changing():
-            earlier = self._sessions.pop(session.node_id, None)
-            if earlier is not None:
-                self._end(earlier, _replaced(hello))
-                earlier.link.send(Refused(error=_replaced(hello).to_dict()))
-                earlier.link.close("replaced by a newer connection of this node")
+        with self._changing():  # so that no node joins while it is removed
+            certificate = self._admission.admit(peer, hello.node_id) if self._admission is not None else None
+            session = NodeSession(NodeId(hello.node_id), link, certificate)
+            _check_addons(session, hello.addons, hello.name)
+            self._drop(session.node_id, _replaced(hello))
             self._take_hello(session, hello)
         _log.info("node %s (%s) has joined", hello.name, hello.node_id)
         return session
@@ -305,6 +324,9 @@ class ClusterOrchestrator:
             self._ticked_at_s = now_s
             if not 0 <= pause_s <= _STALLED_AFTER_S:
                 self._heard_at_s = {node_id: at_s + pause_s for node_id, at_s in self._heard_at_s.items()}
+            for session in list(self._sessions.values()):
+                if session.certificate is not None and now_s >= session.certificate.not_after_s:
+                    self._drop(session.node_id, certificate_refused(session.node_id, "has expired"))
             silent = [n for n, at_s in self._heard_at_s.items() if now_s - at_s > NODE_LOST_AFTER_S]
             for node_id in silent:
                 self._lose(node_id, f"was silent for {NODE_LOST_AFTER_S:g} s")
@@ -350,12 +372,18 @@ class ClusterOrchestrator:
         lines = self._records.lines
         return Welcome(
             cluster=self._name,
-            services=tuple(service.spec for service in services),
+            services=tuple(self._with_key(service.spec) for service in services),
             stopping=tuple(service.spec.id for service in services if not may_run(service)),
             acknowledged={s.spec.id: lines[s.spec.id] for s in services if s.spec.id in lines},
         )
 
+    def _with_key(self, spec: ServiceSpec) -> ServiceSpec:
+        if self._admission is None:
+            return spec
+        return spec.model_copy(update={"key": self._admission.service_key(spec.id)})
+
     def _take_heartbeat(self, session: NodeSession, heartbeat: Heartbeat) -> None:
+        _check_addons(session, heartbeat.addons, self._records.nodes[session.node_id].name)
         self._records.refresh_load(session.node_id, heartbeat.load, heartbeat.clock_s)
         node = self._records.nodes[session.node_id]
         changes = {"addons": heartbeat.addons, "data_tags": heartbeat.data_tags}
@@ -401,6 +429,14 @@ class ClusterOrchestrator:
             session.link.close(f"the node {why}")
         _log.warning("node %s (%s) %s", node.name, node_id, why)
 
+    def _drop(self, node_id: NodeId, error: FlopsError) -> None:
+        """End a node's connection, if there is one, and tell it why."""
+        session = self._sessions.pop(node_id, None)
+        if session is not None:
+            self._end(session, error)
+            session.link.send(Refused(error=error.to_dict()))
+            session.link.close(error.message)
+
     def _end(self, session: NodeSession, error: FlopsError) -> None:
         self._log_requests.fail_all(session.node_id, error)
 
@@ -435,6 +471,11 @@ def _check(hello: Hello) -> None:
         )
     if not hello.node_id.strip() or not hello.name.strip():
         raise FlopsError(ErrorCode.USAGE, "The node sent no id or no name.")
+
+
+def _check_addons(session: NodeSession, addons: Sequence[Addon], name: str) -> None:
+    if session.certificate is not None:
+        check_addons(session.certificate, {addon.name for addon in addons}, name)
 
 
 def _is_there(status: ServiceStatus) -> bool:

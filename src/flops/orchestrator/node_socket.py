@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from flops.core.admission import PeerCertificate
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
+from flops.orchestrator.port_guard import peer_of
 from flops.wire.node import FROM_NODE, FromCluster, FromNode, Hello, Refused
 
 HELLO_TIMEOUT_S = 10.0
@@ -118,7 +120,8 @@ async def serve_node(websocket: WebSocket, orchestrator: ClusterOrchestrator, ca
     try:
         hello = await _next_message(websocket, link.pump, timeout_s=HELLO_TIMEOUT_S)
         if hello is not None:
-            session = await call(functools.partial(_connect, orchestrator, hello, link))
+            peer = peer_of(websocket.scope)
+            session = await call(functools.partial(_connect, orchestrator, hello, link, peer))
             await _take_messages(websocket, link.pump, orchestrator, session, call)
     except FlopsError as error:
         _log.warning("the connection of a node is refused: %s", error)
@@ -179,10 +182,12 @@ def _parse(text: str | None) -> FromNode:
         ) from exc
 
 
-def _connect(orchestrator: ClusterOrchestrator, message: FromNode, link: SocketLink) -> NodeSession:
+def _connect(
+    orchestrator: ClusterOrchestrator, message: FromNode, link: SocketLink, peer: PeerCertificate | None
+) -> NodeSession:
     if not isinstance(message, Hello):
         raise FlopsError(ErrorCode.USAGE, f"The node's first message is {message.type}, not hello.")
-    return orchestrator.connect(message, link)
+    return orchestrator.connect(message, link, peer)
 
 
 def _close_text(reason: str) -> str:

@@ -33,6 +33,7 @@ from flops.trainer.ml_repo import read_parameters
 from flops.trainer.model_process import ModelProcess
 from flops.trainer.tier import Tier
 from flops.trainer.tracking_feed import TrackedRun, TrackingFeed
+from flops.wire.cluster_tls import http_options
 from flops.wire.services import AggregatorConfig
 from flops.wire.training import Array
 
@@ -217,7 +218,10 @@ class Training:
         )
         if self._context.blobs_url:
             bundle, url = pack(folder), self._context.blobs_url
-            digest = store_bundle(bundle, url, _STORE_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S)
+            options = http_options(self._context.authority, self._context.service_id, self._context.key)
+            digest = store_bundle(
+                bundle, url, _STORE_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S, options=options
+            )
             model = model.model_copy(update={"bundle": digest})
         patiently(lambda: tracker.close_run(run.run_id, is_success=True), _TRACKING_PATIENCE_S)
         raw = model.model_dump(mode="json")

@@ -9,9 +9,10 @@ import logging
 import shutil
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import httpx
 
@@ -63,22 +64,29 @@ def pack(folder: Path) -> bytes:
     return raw.getvalue()
 
 
-def store_bundle(bundle: bytes, blobs_url: str, patience_s: float, *, away_patience_s: float = 0.0) -> Digest:
-    """Store bytes among the cluster's blobs.
+def store_bundle(
+    bundle: bytes,
+    blobs_url: str,
+    patience_s: float,
+    *,
+    away_patience_s: float = 0.0,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Digest:
+    """Store bytes among the cluster's blobs; `options` are of the HTTP client.
 
     Raises:
         FlopsError: ``unreachable``, or what the blobs answer.
     """
     digest = Digest(hashlib.sha256(bundle).hexdigest())
     url = f"{blobs_url}/{digest}"
-    patiently(lambda: _put(bundle, url), patience_s, away_patience_s=away_patience_s)
+    patiently(lambda: _put(bundle, url, options), patience_s, away_patience_s=away_patience_s)
     return digest
 
 
-def _put(data: bytes, url: str) -> None:
+def _put(data: bytes, url: str, options: Mapping[str, Any]) -> None:
     try:
         # The environment's proxies do not lead to the cluster.
-        response = httpx.put(url, content=data, timeout=_PUT_TIMEOUT_S, trust_env=False)
+        response = httpx.put(url, content=data, timeout=_PUT_TIMEOUT_S, trust_env=False, **options)
     except httpx.HTTPError as exc:
         raise FlopsError(ErrorCode.UNREACHABLE, f"The model cannot be stored at {url}: {exc}.") from exc
     if response.is_success:

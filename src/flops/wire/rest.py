@@ -15,6 +15,7 @@
 | GET /api/flops/mocks | | `MockDataList` |
 | GET /api/flops/nodes | | `NodeList` |
 | DELETE /api/flops/nodes/{name or id}?force=false | | `Message` |
+| POST /api/flops/invitations | `InvitationRequest`, optional | `InvitationMade` |
 | GET /api/flops/services | | `ServiceList` |
 | GET /api/flops/models | | `ModelList` |
 | GET /api/flops/models/{name}/deployment | | `Deployment` |
@@ -38,7 +39,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flops.core.cluster import Service
+from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, Service
 from flops.core.health import ExaminedNode
 from flops.core.model import StrictValue, Value
 from flops.core.project import MockData, Project
@@ -69,6 +70,7 @@ class ControlStatus(Value):
     version: str
     manager_url: str
     cluster_address: str  # what to give to `NodeEngine -a`, as host:port
+    is_cluster_encrypted: bool = False  # then nodes join by a token
     tracking_url: str
     is_tracking_ready: bool
     tracking_detail: str = ""
@@ -130,6 +132,24 @@ class NodeList(Value):
     """All nodes of the cluster, each with its health."""
 
     nodes: tuple[ExaminedNode, ...]
+
+
+class InvitationRequest(StrictValue):
+    """Whom to invite: how many nodes, for how long, and what they may switch on."""
+
+    nodes: Annotated[int, Field(ge=1, le=10_000)] = 1
+    for_s: Annotated[float, Field(gt=0, le=366 * 86_400)] = 3_600.0
+    addons: tuple[str, ...] = (LEARNER_ADDON, IMAGE_BUILDER_ADDON)
+    address: str | None = None  # at which the nodes reach the cluster; where it listens if not given
+
+
+class InvitationMade(Value):
+    """A token for nodes, shown once."""
+
+    token: str
+    cluster: str  # host:port
+    nodes: int
+    addons: tuple[str, ...]
 
 
 class ServiceList(Value):

@@ -6,8 +6,14 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
+
+from flops.orchestrator.admission import Admission
+from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.orchestrator.port_guard import PortGuard
 
 _REGISTRY = "/v2/"  # where the OCI's distribution specification has it
 
@@ -28,3 +34,14 @@ def with_registry(cluster: Starlette, registry: Starlette) -> Starlette:
             yield
 
     return Starlette(routes=[Mount("", app=dispatch)], lifespan=live)
+
+
+def guarded(app: Starlette, admission: Admission, orchestrator: ClusterOrchestrator) -> Starlette:
+    """The same, for nodes with a certificate and the services on them only."""
+
+    def is_running(service_id: str) -> bool:
+        return any(s.spec.id == service_id and not s.status.state.is_final for s in orchestrator.services())
+
+    guard = Middleware(PortGuard, admission=admission, is_running=is_running, call=run_in_threadpool)
+    app.user_middleware.insert(0, guard)
+    return app

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 import flops
@@ -34,6 +36,7 @@ from flops.control.lifetime import (
 )
 from flops.core.sla import Packaging
 from flops.durable_file import keep_token, remove_unfinished
+from flops.errors import ErrorCode, FlopsError
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
@@ -45,10 +48,14 @@ from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.packages import PackageCache
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
-from flops.settings import ControlSettings, inherited_environment
-from flops.wire.rest import ControlStatus
-from flops.wiring.cluster_port import with_registry
+from flops.settings import ControlSettings, inherited_environment, is_loopback
+from flops.wire.rest import ControlStatus, InvitationMade, InvitationRequest
+from flops.wiring.cluster_port import guarded, with_registry
 
+if TYPE_CHECKING:
+    from flops.wiring.cluster_security import ClusterSecurity
+
+_log = logging.getLogger(__name__)
 _WRITING_MOST_S = 600.0  # no file takes that long to be written
 
 
@@ -128,17 +135,20 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(tracking.stop)
 
     blobs = FileBlobs(folder / "blobs")
-    orchestrator = ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock)
-    packages, sweeps = _open_packages(settings, blobs, parts)
-    max_bytes = settings.max_blob_mb * 1024**2
-    cluster_app = build_cluster_app(orchestrator, blobs, max_blob_bytes=max_bytes, more=packages)
-    image_blobs, images = _open_images(folder / IMAGES_FOLDER)
-    cluster = HttpServer(
-        with_registry(cluster_app, build_registry(image_blobs, images, clock)),
-        settings.cluster_host,
-        ports.wanted("cluster", settings.cluster_port),
+    security = _open_security(settings, parts, clock)
+    orchestrator = ClusterOrchestrator(
+        SqlClusterStore(folder / CLUSTER_FILE),
+        clock,
+        admission=security.admission if security is not None else None,
     )
-    cluster.start()
+    packages, sweeps = _open_packages(settings, blobs, parts)
+    image_blobs, images = _open_images(folder / IMAGES_FOLDER)
+    cluster = _serve_cluster(
+        settings,
+        ports,
+        (orchestrator, blobs, packages, build_registry(image_blobs, images, clock)),
+        security,
+    )
     parts.callback(cluster.close)
 
     store = SqlProjectStore(folder / PROJECTS_FILE)
@@ -167,6 +177,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
             version=flops.__version__,
             manager_url=f"http://{settings.host}:{manager.port}",
             cluster_address=f"{settings.cluster_host}:{cluster.port}",
+            is_cluster_encrypted=security is not None,
             tracking_url=tracking.url,
             is_tracking_ready=is_ready,
             tracking_detail="" if is_ready else f"not ready yet; its log is {tracking.log_path}",
@@ -179,7 +190,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         )
 
     shelf = _open_shelf(settings, store, images, engine, orchestrator)
-    app = build_manager_app(engine, token=token, status=status, blobs=blobs, images=shelf)
+    invite = _invite(settings, security, lambda: cluster.port)
+    app = build_manager_app(engine, token=token, status=status, blobs=blobs, images=shelf, invite=invite)
     manager = HttpServer(app, settings.host, ports.wanted("manager", settings.manager_port))
     parts.callback(manager.close)
     engine.start()
@@ -191,6 +203,69 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     manager.start()
     ports.keep({"manager": manager.port, "cluster": cluster.port, "tracking": tracking.port})
     return status().model_dump()
+
+
+def _serve_cluster(
+    settings: ControlSettings,
+    ports: KeptPorts,
+    served: tuple[ClusterOrchestrator, FileBlobs, Sequence[BaseRoute], Starlette],
+    security: ClusterSecurity | None,
+) -> HttpServer:
+    """Serve nodes, blobs and the registry of images on the port that nodes dial."""
+    orchestrator, blobs, packages, registry = served
+    max_bytes = settings.max_blob_mb * 1024**2
+    app = build_cluster_app(orchestrator, blobs, max_blob_bytes=max_bytes, more=packages)
+    app = with_registry(app, registry)
+    if security is not None:
+        app = guarded(app, security.admission, orchestrator)
+    tls = security.tls if security is not None else None
+    cluster = HttpServer(app, settings.cluster_host, ports.wanted("cluster", settings.cluster_port), tls=tls)
+    cluster.start()
+    return cluster
+
+
+def _open_security(settings: ControlSettings, parts: ExitStack, clock: SystemClock) -> ClusterSecurity | None:
+    """What makes the cluster's port safe; None where it is not encrypted."""
+    if not settings.encrypts(settings.cluster_host):
+        if not is_loopback(settings.cluster_host):
+            _log.warning("The cluster's port is open to other machines, without encryption.")
+        return None
+    from flops.wiring.cluster_security import ClusterSecurity
+
+    secret = keep_token(settings.control_dir / SECRET_FILE).encode()
+    life_s = settings.certificate_hours * 3600
+    security = ClusterSecurity(settings.control_dir, clock, secret=secret, life_s=life_s)
+    parts.callback(security.close)
+    security.start()
+    return security
+
+
+def _invite(
+    settings: ControlSettings, security: ClusterSecurity | None, port: Callable[[], int]
+) -> Callable[[InvitationRequest], InvitationMade]:
+    """Makes tokens for nodes."""
+
+    def invite(wanted: InvitationRequest) -> InvitationMade:
+        if security is None:
+            raise FlopsError(
+                ErrorCode.CONFLICT,
+                f"The cluster at {settings.cluster_host} does not encrypt: nodes join it without a token.",
+                hint="FLOPS_CLUSTER_HOST names an address that other machines reach; see docs/security.md.",
+            )
+        host = wanted.address or settings.cluster_host
+        if host in {"0.0.0.0", "::"}:  # noqa: S104 (looked for, not bound)
+            raise FlopsError(
+                ErrorCode.USAGE,
+                f"The cluster listens on all addresses ({host}): which one do the nodes reach?",
+                hint="Say it with --address.",
+            )
+        cluster = f"[{host}]:{port()}" if ":" in host else f"{host}:{port()}"
+        token = security.admission.invite(
+            cluster, nodes=wanted.nodes, for_s=wanted.for_s, addons=wanted.addons
+        )
+        return InvitationMade(token=token.text(), cluster=cluster, nodes=wanted.nodes, addons=wanted.addons)
+
+    return invite
 
 
 def _build_retention(

@@ -29,7 +29,6 @@ from flops.adapters.environment_folders import EnvironmentFolders
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.host_facts import LocalHost, memory_bytes
 from flops.adapters.images.layout import ImageLayout
-from flops.adapters.node_link import client_tls, dial_cluster
 from flops.adapters.process_runtime import ProcessRuntime
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_cache import UvCache
@@ -51,7 +50,7 @@ from flops.node.bundles import BundleStore
 from flops.node.caches import NodeCaches
 from flops.node.configuration import CONTAINER, PROCESS, NodeConfiguration, default_configuration
 from flops.node.daemon import DaemonFacts, NodeDaemon
-from flops.node.home import keep_node_id, only_daemon
+from flops.node.home import only_daemon
 from flops.node.images import NodeImages, shrink_images
 from flops.node.paths import NodePaths
 from flops.node.preparation import NodeSite, Preparer
@@ -64,8 +63,9 @@ from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
 from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
 from flops.wiring.data import open_data_catalog
+from flops.wiring.membership import Membership
 from flops.wiring.node_files import container_socket, node_build_tools, node_conf_file, node_paths
-from flops.wiring.registries import open_registry
+from flops.wiring.registries import ClusterRegistry, open_registry
 from flops.wiring.services import open_environments
 
 _WRITING_MOST_S = 600.0  # no file takes that long to be written
@@ -102,7 +102,7 @@ def node_parts(paths: NodePaths) -> NodeParts:
     downloads = UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit)
     conf = NodeConfiguration(node_conf_file(paths).load())
     return NodeParts(
-        environments=open_environments(paths.environments, _blobs_url(conf)),
+        environments=open_environments(paths.environments, _blobs_url(paths, conf)),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
         caches=(EnvironmentFolders(paths.environments),),
@@ -159,11 +159,11 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     services, addon_runtime = node_runtimes(paths, conf)
     host = LocalHost(paths.home, conf.cluster_address, __version__, is_public=conf.is_public)
     name = socket.gethostname() if paths.home.name in {"node", "flops"} else _name_of(paths.home)
-    node_id = keep_node_id(paths.node_id)
-    tls = client_tls(*conf.client_certificate) if conf.is_cluster_tls else None
+    membership = Membership(paths, conf, clock)
+    node_id, tls = membership.node_id, membership.tls
     address = host.address()
     addons = _build_addons(paths, conf, address, addon_runtime, parts.open_catalog)
-    blobs_url = _blobs_url(conf)
+    blobs_url = _blobs_url(paths, conf)
     site = NodeSite(
         name=name,
         host=address,
@@ -172,9 +172,10 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         environments_dir=paths.environments,
         images_dir=paths.images,
         inherited=inherited_environment(),
+        authority=membership.authority,
         disclosure=conf.disclosure,
     )
-    fetch = HttpBlobClient(blobs_url, tls).fetch
+    fetch = HttpBlobClient(blobs_url, verify=tls if tls is not None else True).fetch
     bundles = BundleStore(paths.bundles, fetch)
     access = _data_access(paths.data_server, site.host)
     image_blobs = FileBlobs(paths.images, is_oci_layout=True)
@@ -191,7 +192,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         data_tags=addons.data_tags,
         clock_s=clock.now_s,
     )
-    agent = NodeAgent(lambda: dial_cluster(conf.cluster, tls=tls), view, supervisor, clock)
+    agent = NodeAgent(membership.dial, view, supervisor, clock, membership.must_redial)
     facts = DaemonFacts(
         node_id=node_id,
         name=name,
@@ -234,7 +235,7 @@ def node_runtimes(paths: NodePaths, conf: NodeConfiguration) -> tuple[Runtime, R
 def _open_images(paths: NodePaths, blobs: FileBlobs, cluster: str, tls: ssl.SSLContext | None) -> NodeImages:
     """Images from the cluster's registry, and from others, in the container engine."""
     return NodeImages(
-        open_registry(frozenset({cluster} if tls is None else ()), tls),
+        open_registry(ClusterRegistry(cluster, tls)),
         blobs,
         ImageLayout(paths.images, blobs),
         EngineImages(ContainerEngine(container_socket()), blobs),
@@ -273,8 +274,9 @@ def end_leftovers(paths: NodePaths) -> int:
     return ended
 
 
-def _blobs_url(conf: NodeConfiguration) -> str:
-    return f"{'https' if conf.is_cluster_tls else 'http'}://{conf.cluster}/api/blobs"
+def _blobs_url(paths: NodePaths, conf: NodeConfiguration) -> str:
+    is_encrypted = conf.is_cluster_tls or paths.identity.exists()
+    return f"{'https' if is_encrypted else 'http'}://{conf.cluster}/api/blobs"
 
 
 def _name_of(home: Path) -> str:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flops.actor import ActorContext, EventLog
     from flops.builder.images import ImageTools
     from flops.core.ids import Digest
     from flops.image_ports import BaseImages
+    from flops.package_ports import SitePackages
     from flops.ports import Environments
     from flops.wire.services import ImageOrder
+    from flops.wiring.registries import ClusterRegistry
 
 
 def run_builder(arguments: list[str]) -> int:
@@ -26,19 +29,21 @@ def run_builder(arguments: list[str]) -> int:
             context,
             events,
             partial(open_environments, blobs_url=context.blobs_url),
-            partial(open_image_tools, blobs_url=context.blobs_url),
-            _fetch_blob,
+            lambda _root, order, _plain_http: open_image_tools(context, order),
+            partial(_fetch_blob, context),
         ),
         ["", *arguments],
         has_users_code=False,
     )
 
 
-def _fetch_blob(url: str, digest: Digest, path: Path) -> None:
-    """Bring a verified blob of the cluster into a file."""
+def _fetch_blob(context: ActorContext, url: str, digest: Digest, path: Path) -> None:
+    """Bring a verified blob of the cluster into a file, as the service that asks."""
     from flops.adapters.blob_client import HttpBlobClient
+    from flops.wire.cluster_tls import http_options
 
-    HttpBlobClient(url).fetch(digest, path)
+    options = http_options(context.authority, context.service_id, context.key)
+    HttpBlobClient(url, **options).fetch(digest, path)
 
 
 def run_aggregator(arguments: list[str]) -> int:
@@ -69,6 +74,8 @@ def run_aggregator(arguments: list[str]) -> int:
 
 def run_mock_data_provider(arguments: list[str]) -> int:
     """Run a mock data provider: a service, given its context file."""
+    from functools import partial
+
     import pyarrow as pa
 
     from flops.actor import run_actor
@@ -81,27 +88,25 @@ def run_mock_data_provider(arguments: list[str]) -> int:
         source = open_data(path)
         return pa.Table.from_batches(source.batches, schema=source.schema)
 
-    provider = MockDataProvider(
-        open_sink=FlightDataClient,
-        fetch_blob=_fetch_blob,
-        read_file=read_file,
-        load_from_hub=load_from_hub,
-    )
-    return run_actor(provider.run, ["mock-data-provider", *arguments], has_users_code=False)
+    def provide(context: ActorContext, events: EventLog) -> None:
+        MockDataProvider(
+            open_sink=FlightDataClient,
+            fetch_blob=partial(_fetch_blob, context),
+            read_file=read_file,
+            load_from_hub=load_from_hub,
+        ).run(context, events)
+
+    return run_actor(provide, ["mock-data-provider", *arguments], has_users_code=False)
 
 
-def open_image_tools(
-    root: Path, order: ImageOrder, plain_http: frozenset[str], *, blobs_url: str
-) -> ImageTools:
+def open_image_tools(context: ActorContext, order: ImageOrder) -> ImageTools:
     """What makes images in a folder of this machine, and pushes them.
 
     The base is the image that the order names, else one made of Debian's packages.
 
     Args:
-        root: the folder.
+        context: of the builder, which says where they are kept, and where the cluster is.
         order: what is asked for.
-        plain_http: the registries that are spoken to in the clear.
-        blobs_url: base URL of the cluster's blobs, which may serve packages as well.
 
     Raises:
         FlopsError: ``image_name_invalid``, ``config_corrupt``.
@@ -112,22 +117,40 @@ def open_image_tools(
     from flops.adapters.images.assembler import OciAssembler
     from flops.adapters.images.debian_base import DebianBase
     from flops.adapters.images.pulled_base import PulledBase
-    from flops.adapters.package_index import ClusterPackages
     from flops.builder.images import ImageTools
     from flops.core.image_reference import parse_reference
     from flops.settings import inherited_environment
     from flops.wiring.registries import open_registry
 
     environ = inherited_environment()
+    root = Path(context.images_dir)
     blobs = FileBlobs(root, is_oci_layout=True)
-    registry = open_registry(plain_http)
+    registry = open_registry(_cluster_registry(context))
     program = Path(uv.find_uv_bin())
     bases: BaseImages = DebianBase(root / "bases", uv=program, environ=environ)
     if order.base:
         bases = PulledBase(root / "bases", registry, parse_reference(order.base))
-    site = ClusterPackages(blobs_url)
+    site = _site_packages(context.blobs_url)
     assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ, site=site)
     return ImageTools(assembler, blobs, registry, own_lock())
+
+
+def _cluster_registry(context: ActorContext) -> ClusterRegistry:
+    from urllib.parse import urlsplit
+
+    from flops.wire.cluster_tls import cluster_tls
+    from flops.wiring.registries import ClusterRegistry
+
+    tls = cluster_tls(context.authority) if context.authority else None
+    host = urlsplit(context.blobs_url).netloc
+    return ClusterRegistry(host, tls, user=context.service_id, password=context.key)
+
+
+def _site_packages(blobs_url: str) -> SitePackages | None:
+    """Packages by way of the cluster; none where it encrypts: uv does not know its authority."""
+    from flops.adapters.package_index import ClusterPackages
+
+    return None if blobs_url.startswith("https:") else ClusterPackages(blobs_url)
 
 
 def own_lock() -> str:
@@ -148,7 +171,6 @@ def open_environments(root: Path, blobs_url: str) -> Environments:
 
     import uv
 
-    from flops.adapters.package_index import ClusterPackages
     from flops.adapters.uv_environments import UvEnvironments
     from flops.settings import inherited_environment
 
@@ -157,5 +179,5 @@ def open_environments(root: Path, blobs_url: str) -> Environments:
         uv=Path(uv.find_uv_bin()),
         environ=inherited_environment(),
         mlflow_version=version("mlflow"),
-        site=ClusterPackages(blobs_url),
+        site=_site_packages(blobs_url),
     )

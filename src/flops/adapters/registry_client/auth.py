@@ -69,6 +69,12 @@ class DockerCredentials:
                 hint="Write the file anew with `docker login` or `podman login --authfile`.",
             ) from exc
 
+    def having(self, host: str, credentials: Credentials) -> DockerCredentials:
+        """The same, and others for one registry."""
+        more = DockerCredentials({})
+        more._found = {**self._found, host: credentials}
+        return more
+
     def find(self, host: str, name: str) -> Credentials | None:
         """Credentials for an image: those of the longest part of ``host/name`` that has any."""
         place = f"{host}/{name}"

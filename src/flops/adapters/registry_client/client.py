@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import httpx
 
@@ -41,6 +42,7 @@ class OciRegistry:
     Args:
         credentials: who we are to which registry.
         tls: how to encrypt; None for the default.
+        own_tls: likewise, for some hosts, with their ports, that have an authority of their own.
         plain_http: hosts, with their ports, that are spoken to in the clear; this machine always is.
         first_pause_s: before something is tried again; later pauses are longer.
     """
@@ -50,11 +52,13 @@ class OciRegistry:
         credentials: DockerCredentials | None = None,
         *,
         tls: ssl.SSLContext | None = None,
+        own_tls: Mapping[str, ssl.SSLContext] = MappingProxyType({}),
         plain_http: frozenset[str] = frozenset(),
         first_pause_s: float = _FIRST_PAUSE_S,
     ) -> None:
         self._credentials = credentials or DockerCredentials({})
         self._verify: ssl.SSLContext | bool = tls if tls is not None else True
+        self._own_tls = own_tls
         self._plain_http = plain_http
         self._first_pause_s = first_pause_s
 
@@ -137,13 +141,14 @@ class OciRegistry:
     @contextlib.contextmanager
     def _connect(self, reference: ImageReference) -> Iterator[Link]:
         host = reference.host
-        scheme = "http" if _LOCAL.fullmatch(host) or host in self._plain_http else "https"
+        is_plain = host not in self._own_tls and (_LOCAL.fullmatch(host) or host in self._plain_http)
+        scheme = "http" if is_plain else "https"
         origin = httpx.URL(f"{scheme}://{host}")
         auth = RegistryAuth(origin, self._credentials.find(host, reference.name))
         # Which registry is meant is said in full; the environment's proxies and .netrc have no part in it.
         with httpx.Client(
             auth=auth,
-            verify=self._verify,
+            verify=self._own_tls.get(host, self._verify),
             trust_env=False,
             follow_redirects=True,
             timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S),

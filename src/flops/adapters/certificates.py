@@ -1,0 +1,201 @@
+"""The cluster's own certificate authority: X.509 on elliptic curves, by `cryptography`."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from flops.core.admission import NodeCertificate
+from flops.core.ids import NodeId
+from flops.durable_file import file_error, write_durably
+from flops.errors import ErrorCode, FlopsError
+
+_AUTHORITY_LIFE_S = 30 * 365 * 86_400.0
+_CLOCKS_DIFFER_BY_S = 86_400.0  # a node whose clock is late takes a new certificate all the same
+
+
+class FileAuthority:
+    """Implements `flops.admission_ports.Authority`; made with a key of its own when it is first opened.
+
+    Args:
+        path: file with key and certificate, readable by its owner only.
+        now_s: seconds since the epoch.
+
+    Raises:
+        FlopsError: ``config_corrupt`` for a file with something else; ``disk_full``, ``file_unreadable``.
+    """
+
+    def __init__(self, path: Path, now_s: float) -> None:
+        if not path.exists():
+            write_durably(path, _make_authority(now_s))
+        try:
+            text = path.read_text(encoding="ascii")
+            key = serialization.load_pem_private_key(text.encode(), password=None)
+            self._certificate = x509.load_pem_x509_certificate(text.encode())
+        except OSError as exc:
+            raise file_error(exc, path) from exc
+        except (ValueError, UnsupportedAlgorithm) as exc:
+            raise _corrupt(path) from exc
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise _corrupt(path)
+        self._key = key
+
+    @property
+    def pem(self) -> str:
+        """Its own certificate, which nodes trust."""
+        return _pem(self._certificate)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of its own certificate."""
+        return self._certificate.fingerprint(hashes.SHA256()).hex()
+
+    def key_of(self, request: str) -> str:
+        """Hex SHA-256 of the public key that a signing request proves to have; see `Authority`."""
+        return _key_hash(_key_of(request))
+
+    def sign_node(
+        self, request: str, node_id: NodeId, addons: tuple[str, ...], now_s: float, life_s: float
+    ) -> NodeCertificate:
+        """Sign a node's certificate; see `Authority`."""
+        public_key = _key_of(request)
+        builder = _builder(node_id, public_key, self._certificate.subject, now_s, life_s)
+        signed = _for_peer(builder, f"{node_id}.node.flops.internal", ExtendedKeyUsageOID.CLIENT_AUTH).sign(
+            self._key, hashes.SHA256()
+        )
+        return NodeCertificate(
+            serial=serial_text(signed.serial_number),
+            node_id=node_id,
+            key=_key_hash(public_key),
+            addons=addons,
+            not_before_s=now_s,
+            not_after_s=signed.not_valid_after_utc.timestamp(),
+            pem=_pem(signed),
+        )
+
+    def keep_server_identity(self, path: Path, name: str, now_s: float, life_s: float) -> None:
+        """Write a new key with a certificate for a server of the cluster, and the authority's own.
+
+        Args:
+            path: the file.
+            name: what those who dial expect.
+            now_s: seconds since the epoch.
+            life_s: how long the certificate is good.
+
+        Raises:
+            FlopsError: ``disk_full``, ``file_unreadable``.
+        """
+        key = ec.generate_private_key(ec.SECP256R1())
+        builder = _builder(name, key.public_key(), self._certificate.subject, now_s, life_s)
+        signed = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH).sign(self._key, hashes.SHA256())
+        write_durably(path, _key_pem(key) + _pem(signed) + self.pem)
+
+
+def serial_text(number: int) -> str:
+    """A serial number as it is stored and told."""
+    return f"{number:x}"
+
+
+def _make_authority(now_s: float) -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    digest = hashlib.sha256(_public_bytes(key.public_key())).hexdigest()
+    name = f"FLOps cluster {digest[:8]}"
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    builder = _builder(name, key.public_key(), _name(name), now_s, _AUTHORITY_LIFE_S)
+    signed = (
+        builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return _key_pem(key) + _pem(signed)
+
+
+def _builder(
+    name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name, now_s: float, life_s: float
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(name))
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(_date(now_s - _CLOCKS_DIFFER_BY_S))
+        .not_valid_after(_date(now_s + life_s))
+    )
+
+
+def _for_peer(
+    builder: x509.CertificateBuilder, dns_name: str, usage: x509.ObjectIdentifier
+) -> x509.CertificateBuilder:
+    """A certificate that signs no others, and is good for one side of a connection only."""
+    names = x509.SubjectAlternativeName([x509.DNSName(dns_name)])
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
+        .add_extension(names, critical=False)
+    )
+
+
+def _key_of(request: str) -> ec.EllipticCurvePublicKey:
+    """The public key of a signing request, which proves that the private one is there."""
+    try:
+        found = x509.load_pem_x509_csr(request.encode())
+        key, is_signed = found.public_key(), found.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature) as exc:
+        raise FlopsError(ErrorCode.USAGE, "The node sent no signing request.") from exc
+    if not is_signed or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise FlopsError(ErrorCode.USAGE, "The node's signing request is not signed by an EC key of its own.")
+    return key
+
+
+def _key_hash(key: ec.EllipticCurvePublicKey) -> str:
+    return hashlib.sha256(_public_bytes(key)).hexdigest()
+
+
+def _public_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> str:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+
+
+def _pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _date(at_s: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(at_s, datetime.UTC)
+
+
+def _corrupt(path: Path) -> FlopsError:
+    return FlopsError(
+        ErrorCode.CONFIG_CORRUPT,
+        f"The cluster's authority in {path} cannot be used.",
+        hint="Put the file back from a backup. Without it, remove it: a new authority is made, and every "
+        "node has to join anew.",
+    )

@@ -1,0 +1,101 @@
+"""Who may join a cluster: invitations, certificates of nodes, and what holds for both."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from flops.core.ids import NodeId
+from flops.core.model import Value
+from flops.errors import ErrorCode, FlopsError
+
+
+class Invitation(Value):
+    """Lets some nodes join, for a while.
+
+    Its secret is known to whoever holds the token; here is only what it can be checked with.
+    """
+
+    id: str
+    secret_hash: str  # hex SHA-256
+    nodes: int  # how many may join by it
+    addons: tuple[str, ...]  # what these nodes may switch on
+    expires_at_s: float
+
+
+class NodeCertificate(Value):
+    """A certificate that the cluster has signed for a node."""
+
+    serial: str  # hex
+    node_id: NodeId
+    key: str  # hex SHA-256 of the public key
+    addons: tuple[str, ...]  # what the node may switch on
+    not_before_s: float
+    not_after_s: float
+    pem: str
+
+
+class PeerCertificate(Value):
+    """What a connection's other side has shown: a certificate of our authority, whether or not it is good."""
+
+    serial: str
+    name: str  # the node's id
+
+
+def renewal_due(not_before_s: float, not_after_s: float, now_s: float) -> bool:
+    """Whether two thirds of a certificate's life are over."""
+    return now_s >= not_before_s + (not_after_s - not_before_s) * 2 / 3
+
+
+def check_join(
+    invitation: Invitation, joined: Collection[str], key: str, addons: Collection[str], now_s: float
+) -> None:
+    """Refuse a node that the invitation does not let join.
+
+    Args:
+        invitation: whose secret it knows.
+        joined: keys of the nodes that have joined by it.
+        key: the node's own.
+        addons: what it has switched on.
+        now_s: seconds since the epoch.
+
+    Raises:
+        FlopsError: ``join_refused``.
+    """
+    if now_s >= invitation.expires_at_s:
+        raise join_refused("its time is over")
+    if key not in joined and len(joined) >= invitation.nodes:
+        times = "once" if invitation.nodes == 1 else f"{invitation.nodes} times"
+        raise join_refused(f"it has been used {times}, as often as it may be")
+    if refused := sorted(set(addons) - set(invitation.addons)):
+        raise join_refused(
+            f"it does not let a node switch on {', '.join(refused)}",
+            hint="Switch it off (`NodeEngine config addon NAME off`), or get a token that allows it.",
+        )
+
+
+def join_refused(why: str, *, hint: str | None = None) -> FlopsError:
+    """The error of a token that lets nobody in."""
+    return FlopsError(ErrorCode.JOIN_REFUSED, f"The token is not accepted: {why}.", hint=hint)
+
+
+def check_peer(peer: PeerCertificate, certificate: NodeCertificate | None, now_s: float) -> NodeCertificate:
+    """Refuse a connection whose certificate is good no more.
+
+    Args:
+        peer: what was shown.
+        certificate: the one with its serial number that is in force; None when there is none.
+        now_s: seconds since the epoch.
+
+    Raises:
+        FlopsError: ``certificate_refused``.
+    """
+    if certificate is None or certificate.node_id != peer.name:
+        raise certificate_refused(peer.name, "was removed from the cluster, or has never joined it")
+    if now_s >= certificate.not_after_s:
+        raise certificate_refused(peer.name, "has expired")
+    return certificate
+
+
+def certificate_refused(node: str, why: str) -> FlopsError:
+    """The error of a certificate that is not accepted; `why` goes on after its node."""
+    return FlopsError(ErrorCode.CERTIFICATE_REFUSED, f"The certificate of node {node} {why}.")

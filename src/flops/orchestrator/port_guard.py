@@ -1,0 +1,149 @@
+"""What an encrypted cluster's port asks of those who knock: a node's certificate, or a service's key.
+
+Open are only the sign of life, the authority's certificate, and joining, which asks for a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from flops.core.admission import PeerCertificate
+from flops.core.model import Value
+from flops.errors import ErrorCode, FlopsError
+from flops.orchestrator.admission import Admission
+from flops.wire.join import (
+    AUTHORITY_PATH,
+    JOIN_PATH,
+    RENEWAL_PATH,
+    AuthorityShown,
+    CertificateSigned,
+    JoinRequest,
+    RenewalRequest,
+)
+
+PEER = "flops.peer"  # key of `scope["extensions"]`; the server puts a `PeerCertificate` there
+_OPEN = frozenset({"/", AUTHORITY_PATH, JOIN_PATH})
+_FOR_SERVICES = ("/api/blobs/", "/v2/")
+_LONGEST_REQUEST = 64 * 1024
+
+_log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Value)
+
+
+def peer_of(scope: Scope) -> PeerCertificate | None:
+    """The certificate that the other side of a connection has shown."""
+    found = (scope.get("extensions") or {}).get(PEER)
+    return found if isinstance(found, PeerCertificate) else None
+
+
+class PortGuard:
+    """ASGI middleware around everything on the cluster's port.
+
+    Args:
+        app: what it guards.
+        admission: decides.
+        is_running: whether a service of an id has not ended.
+        call: runs a function in a thread, so that the loop never waits for the disk.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        is_running: Callable[[str], bool],
+        call: Callable[[Callable[[], Any]], Awaitable[Any]],
+    ) -> None:
+        self._app = app
+        self._admission = admission
+        self._is_running = is_running
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, or pass it on. A node's link is checked where it says who it is."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            answer = await self._answer(scope, receive)
+        except FlopsError as error:
+            client = (scope.get("client") or ("?",))[0]
+            _log.warning("%s %s of %s is refused: %s", scope["method"], scope["path"], client, error)
+            answer = JSONResponse(error.to_dict(), status_code=error.spec.http_status)
+            if error.code is ErrorCode.UNAUTHENTICATED:
+                answer.headers["WWW-Authenticate"] = 'Basic realm="flops"'
+        await (answer or self._app)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Response | None:
+        """The answer to what is about certificates; None for what is let through."""
+        method, path, peer = scope["method"], scope["path"], peer_of(scope)
+        if (method, path) == ("GET", AUTHORITY_PATH):
+            return JSONResponse(AuthorityShown(certificate=self._admission.authority_pem).model_dump())
+        if (method, path) == ("POST", JOIN_PATH):
+            wanted = await _read(JoinRequest, scope, receive)
+            signed = await self._call(lambda: self._admission.join(wanted))
+            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
+        if (method, path) == ("POST", RENEWAL_PATH):
+            renewal = await _read(RenewalRequest, scope, receive)
+            signed = await self._call(lambda: self._admission.renew(peer, renewal.signing_request))
+            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
+        if path not in _OPEN:
+            await self._check(scope, peer)
+        return None
+
+    async def _check(self, scope: Scope, peer: PeerCertificate | None) -> None:
+        if peer is not None or not scope["path"].startswith(_FOR_SERVICES):
+            await self._call(lambda: self._admission.check(peer))
+            return
+        service_id, key = _credentials(scope)
+        if not key:
+            raise FlopsError(
+                ErrorCode.UNAUTHENTICATED,
+                f"{scope['method']} {scope['path']} needs a node's certificate or a service's key.",
+                hint="Only nodes of this cluster, and services on them, are served here.",
+            )
+        if not self._admission.is_service_key(service_id, key) or not self._is_running(service_id):
+            raise FlopsError(
+                ErrorCode.FORBIDDEN,
+                f"The key shown for service {service_id[:80]!r} is not valid, or the service has ended.",
+                hint="Keys are good while their service runs.",
+            )
+
+
+def _credentials(scope: Scope) -> tuple[str, str]:
+    shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    scheme, _, coded = shown.partition(b" ")
+    if scheme.lower() != b"basic":
+        return "", ""
+    try:
+        user, _, password = base64.b64decode(coded, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return "", ""
+    return user, password
+
+
+async def _read(model: type[M], scope: Scope, receive: Receive) -> M:
+    body = b""
+    async for piece in Request(scope, receive).stream():
+        body += piece
+        if len(body) > _LONGEST_REQUEST:
+            raise FlopsError(ErrorCode.USAGE, "The node's request is too long.")
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise FlopsError(
+            ErrorCode.USAGE,
+            f"The node's request is invalid at {where}: {first['msg']}.",
+            hint="Install the same FLOps version on the node and on the cluster.",
+        ) from exc

@@ -1,0 +1,139 @@
+"""TLS to a cluster: its own authority is trusted and nobody else, and it is known by its name in there.
+
+A cluster may be reached at any address, behind NAT, and at another one tomorrow. What makes it the cluster is
+the certificate that its authority signed for `CLUSTER_NAME`; nodes' certificates have other names.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+from flops.errors import ErrorCode, FlopsError
+
+CLUSTER_NAME = "cluster.flops.internal"
+_PEM_END = "-----END CERTIFICATE-----"
+
+
+class ClusterTls(ssl.SSLContext):
+    """Expects the other side to be the cluster, whatever address was dialled."""
+
+    def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+        """As of the base class, with the cluster's name."""
+        return super().wrap_socket(*arguments, **{**options, "server_hostname": CLUSTER_NAME})
+
+
+def cluster_tls(authority: str, identity: Path | None = None) -> ClusterTls:
+    """How to speak to the cluster of an authority.
+
+    Args:
+        authority: its certificate, PEM.
+        identity: file with a node's key and certificate, to show them.
+
+    Raises:
+        FlopsError: ``file_unreadable``.
+    """
+    context = ClusterTls(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(cadata=authority)
+        if identity is not None:
+            context.load_cert_chain(identity)
+    except (OSError, ssl.SSLError, ValueError) as exc:
+        what = "The cluster's certificate" if identity is None else f"The certificate in {identity}"
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"{what} cannot be used: {exc}.",
+            hint="Join anew with a token: `flops node invite` on the cluster, `NodeEngine --token …` here.",
+        ) from exc
+    return context
+
+
+def http_options(authority: str, service_id: str, key: str) -> dict[str, Any]:
+    """Options of an HTTP client that speaks to the cluster as a service; none where it does not encrypt.
+
+    Args:
+        authority: certificate of the cluster's authority, or "".
+        service_id: who it is.
+        key: what the cluster knows it by.
+    """
+    return {"verify": cluster_tls(authority), "auth": (service_id, key)} if authority else {}
+
+
+def tls_problem(exc: BaseException, where: str) -> FlopsError | None:
+    """What a failed handshake means for whoever dialled; None when it is none."""
+    found = _tls_error(exc)
+    if found is None:
+        return None
+    reason = str(found.reason or "")
+    if isinstance(found, ssl.SSLCertVerificationError):
+        return FlopsError(
+            ErrorCode.CERTIFICATE_REFUSED,
+            f"What answers at {where} is not the cluster that this node has joined: {found.verify_message}.",
+        )
+    if "ALERT" in reason:
+        text = reason.lower().replace("_", " ")
+        return FlopsError(ErrorCode.CERTIFICATE_REFUSED, f"{where} refuses this node's certificate: {text}.")
+    return FlopsError(
+        ErrorCode.ENCRYPTION_MISMATCH,
+        f"What answers at {where} does not encrypt, and this node speaks to it by TLS only.",
+    )
+
+
+def _tls_error(exc: BaseException | None) -> ssl.SSLError | None:
+    while exc is not None:
+        if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return exc
+        exc = exc.__cause__ or exc.__context__
+    return None
+
+
+def speaks_tls(host: str, port: int, timeout_s: float) -> bool:
+    """Whether TLS is spoken on a port; who is there does not matter."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, port), timeout=timeout_s) as connection,
+            context.wrap_socket(connection),
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def alert_of(host: str, port: int, tls: ssl.SSLContext, timeout_s: float) -> FlopsError | None:
+    """Why a TLS connection is broken off after its handshake; None when nothing says why.
+
+    A cluster that has proved to be ours, and hangs up at once, does not like the certificate it was shown.
+    """
+    where = f"{host}:{port}"
+    try:
+        with (
+            socket.create_connection((host, port), timeout=timeout_s) as connection,
+            tls.wrap_socket(connection, server_hostname=host) as wrapped,
+        ):
+            try:
+                wrapped.recv(1)
+            except TimeoutError:
+                return None
+            except OSError as exc:
+                if (problem := tls_problem(exc, where)) is not None:
+                    return problem
+    except OSError as exc:
+        return tls_problem(exc, where)
+    return FlopsError(
+        ErrorCode.CERTIFICATE_REFUSED,
+        f"The cluster at {where} hangs up when it sees this node's certificate.",
+    )
+
+
+def split_chain(pem: str) -> list[str]:
+    """The certificates of a PEM text, each on its own."""
+    return [
+        "-----BEGIN CERTIFICATE-----" + part.split("-----BEGIN CERTIFICATE-----", 1)[1] + _PEM_END + "\n"
+        for part in pem.split(_PEM_END)[:-1]
+    ]

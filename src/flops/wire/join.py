@@ -1,0 +1,84 @@
+"""How a node joins a cluster that encrypts: tokens, and the messages of ``/api/node``.
+
+The node asks ``GET /api/node/authority`` without trusting the answer, holds it against the fingerprint in its
+token, and only then sends `JoinRequest` to ``POST /api/node/join``, over TLS to that authority's cluster.
+``POST /api/node/certificate`` with a `RenewalRequest` renews a certificate that is still good.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+
+from pydantic import Field, ValidationError
+
+from flops.core.model import Value
+from flops.errors import ErrorCode, FlopsError
+
+AUTHORITY_PATH = "/api/node/authority"
+JOIN_PATH = "/api/node/join"
+RENEWAL_PATH = "/api/node/certificate"
+_PREFIX = "flops1."
+_LONGEST = 2_000
+
+
+class JoinToken(Value):
+    """What an operator carries to a new node."""
+
+    cluster: str  # host:port
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$")  # SHA-256 of the authority's certificate
+    id: str
+    secret: str
+
+    def text(self) -> str:
+        """The token as people copy it."""
+        raw = json.dumps([self.cluster, self.fingerprint, self.id, self.secret], separators=(",", ":"))
+        return _PREFIX + base64.urlsafe_b64encode(raw.encode()).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken:
+        """Read a token.
+
+        Raises:
+            FlopsError: ``join_refused`` for what is none, such as half of one.
+        """
+        coded = text.strip()[:_LONGEST].removeprefix(_PREFIX)
+        try:
+            raw = json.loads(base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True))
+            cluster, fingerprint, invitation_id, secret = raw
+            return cls(cluster=cluster, fingerprint=fingerprint, id=invitation_id, secret=secret)
+        except (ValueError, TypeError, binascii.Error, ValidationError) as exc:
+            raise FlopsError(
+                ErrorCode.JOIN_REFUSED,
+                "That is no token of FLOps, or not a whole one.",
+                hint="Copy the whole line that `flops node invite` printed; it begins with flops1.",
+            ) from exc
+
+
+class AuthorityShown(Value):
+    """Whom nodes of this cluster trust."""
+
+    certificate: str  # PEM
+
+
+class JoinRequest(Value):
+    """A node that wants to join."""
+
+    invitation: str
+    secret: str
+    node_id: str = Field(pattern="^[A-Za-z0-9_-]{1,64}$")
+    addons: tuple[str, ...] = ()
+    signing_request: str  # PEM; the key it belongs to never leaves the node
+
+
+class RenewalRequest(Value):
+    """A node whose certificate ends."""
+
+    signing_request: str
+
+
+class CertificateSigned(Value):
+    """The answer to both."""
+
+    certificate: str  # PEM
