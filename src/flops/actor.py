@@ -51,6 +51,7 @@ class ActorContext:
         data_token: token for it with the rights this service needs, and no more.
         authority: certificate (PEM) of the cluster's authority, "" where the cluster does not encrypt.
         key: what this service shows to the cluster, beside its id; "" likewise.
+        identity: file with key and certificate of a service that others dial by TLS; "" without TLS.
         disclosure: what the node reveals about failures of users' code, a value of `Disclosure`.
         config: the kind's configuration, one of the models of `flops.wire.services`, as JSON.
     """
@@ -71,6 +72,7 @@ class ActorContext:
     data_token: str = ""
     authority: str = ""
     key: str = ""
+    identity: str = ""
     disclosure: str = Disclosure.FULL.value
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -78,3 +78,7 @@ class Authority(Protocol):
             FlopsError: ``usage`` for what is no signing request.
         """
         ...
+
+    def sign_service(self, request: str, name: str, now_s: float, life_s: float) -> str:
+        """Sign a certificate (PEM) for a service that others dial by a name; raises likewise."""
+        ...

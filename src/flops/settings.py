@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flops.core.health import is_loopback
 from flops.errors import ErrorCode, FlopsError
 
 
@@ -50,14 +50,6 @@ class Settings(BaseModel):
 def default_home() -> Path:
     """``~/.local/share/flops``, or what the platform uses instead."""
     return Path(platformdirs.user_data_dir("flops"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class ControlSettings(Settings):

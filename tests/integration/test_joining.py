@@ -20,7 +20,13 @@ import pytest
 
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer, server_tls
-from flops.adapters.node_identity import Identity, join_cluster, read_identity, renew_identity
+from flops.adapters.node_identity import (
+    Identity,
+    certify_service,
+    join_cluster,
+    read_identity,
+    renew_identity,
+)
 from flops.adapters.node_link import WebSocketLink, dial_cluster
 from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.core.cluster import (
@@ -40,6 +46,7 @@ from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.testing.waiting import until
 from flops.wire.cluster_tls import cluster_tls
+from flops.wire.flight import aggregator_name
 from flops.wire.join import JoinToken
 from flops.wire.node import Heartbeat, Hello, Refused, RemoveService, ServiceChanged, StartService, Welcome
 from flops.wiring.cluster_port import guarded
@@ -479,3 +486,25 @@ def test_blobs_are_for_nodes_and_for_services_while_they_run(cluster: SafeCluste
         status = ServiceStatus(service_id=ServiceId("s1"), state=ServiceState.COMPLETED)
         played.link.send(ServiceChanged(status=status))
         until(lambda: cluster.get(path, auth=("s1", key)) == (403, "forbidden"), "its key ends with it")
+
+
+def test_only_the_node_of_an_aggregator_gets_its_certificate(cluster: SafeCluster, tmp_path: Path) -> None:
+    for node_id in ("n1", "n2"):
+        cluster.join(node_id)
+    with cluster.linked("n1") as played:
+        played.expect(Welcome)
+        aggregator = spec("a1", "n1").model_copy(update={"kind": ServiceKind.AGGREGATOR})
+        cluster.orchestrator.start_service(aggregator)
+        cluster.orchestrator.start_service(spec("s1", "n1"))
+        now_s, file = cluster.clock.now_s(), tmp_path / "identity.pem"
+        for node_id, service_id in (("n2", "a1"), ("n1", "s1"), ("n1", "unknown")):
+            identity = cluster.file_of(node_id)
+            ask = functools.partial(certify_service, identity, cluster.address, service_id, file, now_s)
+            refused(ErrorCode.FORBIDDEN, ask)
+        certify_service(cluster.file_of("n1"), cluster.address, "a1", file, now_s)
+        text = file.read_text()
+        found = read_identity(file)
+        assert found is not None
+        assert found.node_id == aggregator_name("p")
+        certify_service(cluster.file_of("n1"), cluster.address, "a1", file, now_s)
+        assert file.read_text() == text  # a restart of the service needs no new one

@@ -13,7 +13,7 @@ from flops.errors import CATALOGUE, ErrorCode
 from flops.testing.deployment import Deployment
 from flops.testing.waiting import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 LIFE_H = 20 / 3600  # renewed after 13 s
 
 MOCK = """

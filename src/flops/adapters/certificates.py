@@ -80,6 +80,12 @@ class FileAuthority:
             pem=_pem(signed),
         )
 
+    def sign_service(self, request: str, name: str, now_s: float, life_s: float) -> str:
+        """Sign a certificate for a service that others dial by a name; see `Authority`."""
+        builder = _builder(name, _key_of(request), self._certificate.subject, now_s, life_s)
+        signed = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH).sign(self._key, hashes.SHA256())
+        return _pem(signed)
+
     def keep_server_identity(self, path: Path, name: str, now_s: float, life_s: float) -> None:
         """Write a new key with a certificate for a server of the cluster, and the authority's own.
 

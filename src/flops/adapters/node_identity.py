@@ -27,11 +27,13 @@ from flops.wire.join import (
     AUTHORITY_PATH,
     JOIN_PATH,
     RENEWAL_PATH,
+    SERVICE_PATH,
     AuthorityShown,
     CertificateSigned,
     JoinRequest,
     JoinToken,
     RenewalRequest,
+    ServiceCertificateRequest,
 )
 
 _TIMEOUT_S = 10.0
@@ -114,14 +116,14 @@ def join_cluster(
     authority = _trusted_authority(cluster, token)
     pending = path.with_name(f"{path.name}.{token.id[:32]}")
     if not pending.exists():
-        write_durably(pending, _new_key())
+        write_durably(pending, new_key())
     key = pending.read_text(encoding="ascii")
     request = JoinRequest(
         invitation=token.id,
         secret=token.secret,
         node_id=node_id,
         addons=addons,
-        signing_request=_signing_request(key),
+        signing_request=signing_request(key),
     )
     signed = _post(f"https://{cluster}{JOIN_PATH}", request, cluster_tls(authority))
     write_durably(path, key + signed.certificate + authority)
@@ -138,10 +140,33 @@ def renew_identity(path: Path, cluster: str) -> Identity:
     identity = _must_read(path)
     text = path.read_text(encoding="ascii")
     key = text[: text.index(_KEY_END) + len(_KEY_END)]
-    request = RenewalRequest(signing_request=_signing_request(key))
+    request = RenewalRequest(signing_request=signing_request(key))
     signed = _post(f"https://{cluster}{RENEWAL_PATH}", request, cluster_tls(identity.authority, path))
     write_durably(path, key + signed.certificate + identity.authority)
     return _must_read(path)
+
+
+def certify_service(path: Path, cluster: str, service_id: str, target: Path, now_s: float) -> None:
+    """Write a key with a certificate of the cluster for a service on this node, unless a good one is there.
+
+    Args:
+        path: the node's own identity.
+        cluster: ``host:port``.
+        service_id: the service, which others dial.
+        target: where it is written.
+        now_s: seconds since the epoch.
+
+    Raises:
+        FlopsError: as `renew_identity`, and ``forbidden`` when the service is not this node's.
+    """
+    present = read_identity(target)
+    if present is not None and not present.is_due(now_s):
+        return
+    identity = _must_read(path)
+    key = new_key()
+    request = ServiceCertificateRequest(service_id=service_id, signing_request=signing_request(key))
+    signed = _post(f"https://{cluster}{SERVICE_PATH}", request, cluster_tls(identity.authority, path))
+    write_durably(target, key + signed.certificate + identity.authority)
 
 
 def _trusted_authority(cluster: str, token: JoinToken) -> str:
@@ -191,7 +216,8 @@ def _ask(method: str, url: str, answer: type[M], tls: ssl.SSLContext, body: Valu
         ) from exc
 
 
-def _new_key() -> str:
+def new_key() -> str:
+    """A private key, PEM."""
     return (
         ec.generate_private_key(ec.SECP256R1())
         .private_bytes(
@@ -201,7 +227,8 @@ def _new_key() -> str:
     )
 
 
-def _signing_request(key_pem: str) -> str:
+def signing_request(key_pem: str) -> str:
+    """A request to sign a certificate for a key, PEM; it proves that the key is there."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "node")])
     request = x509.CertificateSigningRequestBuilder().subject_name(name)
     return request.sign(_load_key(key_pem), hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flops.actor import ActorContext
 from flops.core.cluster import ServiceKind, ServiceSpec
-from flops.core.ids import Digest
+from flops.core.ids import Digest, ServiceId
 from flops.core.reach import Reach
 from flops.disclosure import Disclosure
 from flops.durable_file import file_error
@@ -105,6 +105,8 @@ class Preparer:
         data_access: address of the data server and a token for it, as far as the service needs them.
         bring_image: has the container engine fetch an image unless it is there; returns the engine's name
             for it. None on a node that runs no containers.
+        certify: writes key and certificate of a service that others dial; None where the cluster does not
+            encrypt.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Preparer:
         fetch: Callable[[Digest, Path], None],
         data_access: DataAccess,
         bring_image: Callable[[str, Report], str] | None = None,
+        certify: Callable[[ServiceId, Path], None] | None = None,
     ) -> None:
         self.site = site
         self._environments = environments
@@ -122,6 +125,7 @@ class Preparer:
         self._fetch = fetch
         self._data_access = data_access
         self._bring_image = bring_image
+        self._certify = certify
 
     def prepare(self, spec: ServiceSpec, folder: ServiceFolder, report: Report) -> Launch:
         """Fetch, build and write what the service needs.
@@ -157,6 +161,7 @@ class Preparer:
             data_token=token,
             authority=self.site.authority,
             key=spec.key if self.site.authority else "",
+            identity=self._identity_of(spec, folder),
             disclosure=self.site.disclosure.value,
             config=spec.config,
         )
@@ -165,6 +170,13 @@ class Preparer:
         except OSError as exc:
             raise file_error(exc, folder.work_dir) from exc
         return self._launch(spec, context, path, programs, image)
+
+    def _identity_of(self, spec: ServiceSpec, folder: ServiceFolder) -> str:
+        if self._certify is None or spec.kind is not ServiceKind.AGGREGATOR:
+            return ""
+        path = folder.work_dir / "identity.pem"
+        self._certify(spec.id, path)
+        return str(path)
 
     def _image_of(self, spec: ServiceSpec, report: Report) -> str:
         if not spec.image:

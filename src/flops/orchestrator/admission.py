@@ -22,11 +22,14 @@ from flops.core.admission import (
     check_peer,
     join_refused,
 )
+from flops.core.cluster import Service, ServiceKind
 from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Clock
+from flops.wire.flight import aggregator_name
 from flops.wire.join import JoinRequest, JoinToken
 
+SERVICE_LIFE_S = 90 * 86_400.0  # longer than a training: a server of streams takes no new one
 DEFAULT_LIFE_S = 7 * 86_400.0
 _REMEMBERED_S = 30 * 86_400.0  # an invitation, after its end: so that its errors say why
 
@@ -172,6 +175,23 @@ class Admission:
             self._store.renew(signed)
         _log.info("the certificate of node %s is renewed; serial %s", signed.node_id, signed.serial)
         return signed
+
+    def certify_service(self, peer: PeerCertificate | None, service: Service | None, request: str) -> str:
+        """Sign a certificate for an aggregator, which learners dial; only its own node gets one.
+
+        Raises:
+            FlopsError: ``certificate_refused``, ``forbidden``, ``usage``.
+        """
+        node_id = self.check(peer).node_id
+        spec = service.spec if service is not None else None
+        if spec is None or spec.node_id != node_id or spec.kind is not ServiceKind.AGGREGATOR:
+            raise FlopsError(
+                ErrorCode.FORBIDDEN,
+                f"Node {node_id} has no such aggregator, and gets no certificate for one.",
+                hint="Certificates of services are for the node that runs them.",
+            )
+        name = aggregator_name(spec.project_id)
+        return self._authority.sign_service(request, name, self._clock.now_s(), SERVICE_LIFE_S)
 
     def is_member(self, node_id: NodeId) -> bool:
         """Whether certificates of a node are in force."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flops.core.admission import PeerCertificate
+from flops.core.cluster import Service
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.admission import Admission
@@ -24,10 +26,12 @@ from flops.wire.join import (
     AUTHORITY_PATH,
     JOIN_PATH,
     RENEWAL_PATH,
+    SERVICE_PATH,
     AuthorityShown,
     CertificateSigned,
     JoinRequest,
     RenewalRequest,
+    ServiceCertificateRequest,
 )
 
 PEER = "flops.peer"  # key of `scope["extensions"]`; the server puts a `PeerCertificate` there
@@ -52,7 +56,7 @@ class PortGuard:
     Args:
         app: what it guards.
         admission: decides.
-        is_running: whether a service of an id has not ended.
+        running: the service of an id, unless it has ended or there is none.
         call: runs a function in a thread, so that the loop never waits for the disk.
     """
 
@@ -60,12 +64,12 @@ class PortGuard:
         self,
         app: ASGIApp,
         admission: Admission,
-        is_running: Callable[[str], bool],
+        running: Callable[[str], Service | None],
         call: Callable[[Callable[[], Any]], Awaitable[Any]],
     ) -> None:
         self._app = app
         self._admission = admission
-        self._is_running = is_running
+        self._running = running
         self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +100,11 @@ class PortGuard:
             renewal = await _read(RenewalRequest, scope, receive)
             signed = await self._call(lambda: self._admission.renew(peer, renewal.signing_request))
             return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
+        if (method, path) == ("POST", SERVICE_PATH):
+            asked = await _read(ServiceCertificateRequest, scope, receive)
+            service = self._running(asked.service_id)
+            certify = functools.partial(self._admission.certify_service, peer, service, asked.signing_request)
+            return JSONResponse(CertificateSigned(certificate=await self._call(certify)).model_dump())
         if path not in _OPEN:
             await self._check(scope, peer)
         return None
@@ -111,7 +120,7 @@ class PortGuard:
                 f"{scope['method']} {scope['path']} needs a node's certificate or a service's key.",
                 hint="Only nodes of this cluster, and services on them, are served here.",
             )
-        if not self._admission.is_service_key(service_id, key) or not self._is_running(service_id):
+        if not self._admission.is_service_key(service_id, key) or self._running(service_id) is None:
             raise FlopsError(
                 ErrorCode.FORBIDDEN,
                 f"The key shown for service {service_id[:80]!r} is not valid, or the service has ended.",

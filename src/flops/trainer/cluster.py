@@ -168,7 +168,8 @@ def _count_up_to(number: int, tier: Tier) -> int:
 
 
 def _dial(parent: ParentAggregator, context: ActorContext) -> Dial:
-    return Dial(parent.address, parent.token, context.service_id, context.node_name)
+    names = (context.service_id, context.node_name, context.project_id, context.authority)
+    return Dial(parent.address, parent.token, *names)
 
 
 def _digest(arrays: Sequence[Array]) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import DIRECTLY, bearer
+from flops.wire.flight import DIRECTLY, aggregator_name, bearer
 from flops.wire.keepalive import keep_connections_alive
 from flops.wire.training import DESCRIPTOR, HELLO, SCHEMA, Message, Stream
 
@@ -33,12 +33,25 @@ class Dial:
     token: str
     learner: str
     node: str
+    project_id: str = ""
+    authority: str = ""  # of the cluster, PEM; "" where it does not encrypt
+
+    def _client(self) -> flight.FlightClient:
+        """By TLS, the aggregator is known by its project's name, signed by the cluster, at any address."""
+        if not self.authority:
+            return flight.FlightClient(f"grpc://{self.address}", generic_options=DIRECTLY)
+        return flight.FlightClient(
+            f"grpc+tls://{self.address}",
+            tls_root_certs=self.authority.encode(),
+            override_hostname=aggregator_name(self.project_id),
+            generic_options=DIRECTLY,
+        )
 
     @contextlib.contextmanager
     def connect(self, hello: dict[str, Any]) -> Iterator[Stream]:
         """Open the stream and say hello."""
         options = flight.FlightCallOptions(headers=[bearer(self.token)])
-        with flight.FlightClient(f"grpc://{self.address}", generic_options=DIRECTLY) as client:
+        with self._client() as client:
             writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(DESCRIPTOR), options)
             try:
                 stream = Stream(reader, writer)

@@ -37,7 +37,8 @@ def main(context: ActorContext, events: EventLog) -> None:
             loaded, ``unauthenticated`` when the aggregator refuses the token.
     """
     config = context.config
-    dial = Dial(config["aggregator"], config["learner_token"], context.service_id, context.node_name)
+    names = (context.service_id, context.node_name, context.project_id, context.authority)
+    dial = Dial(config["aggregator"], config["learner_token"], *names)
     patience_s = float(config["load_timeout_s"])
     give_up = functools.partial(_give_up, dial, context, events, threading.get_ident())
     try:

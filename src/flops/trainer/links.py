@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -87,6 +88,7 @@ class LearnerServer:
         host: address to listen on.
         port: port to listen on, 0 for any.
         token: what learners must show.
+        identity: file with key and certificate to encrypt with; "" not to.
         on_join: called when a learner has joined.
         on_leave: called when a learner's connection has ended, with the reason.
         on_lost_loader: called when a learner has gone while it loaded.
@@ -101,6 +103,7 @@ class LearnerServer:
         port: int,
         token: str,
         *,
+        identity: str = "",
         on_join: Callable[[Link], None] = lambda _: None,
         on_leave: Callable[[Link, str], None] = lambda _link, _reason: None,
         on_lost_loader: Callable[[Loader], None] = lambda _: None,
@@ -117,7 +120,7 @@ class LearnerServer:
         self._on_leave = on_leave
         self._on_lost_loader = on_lost_loader
         try:
-            self._server = _FlightServer(f"grpc://{host}:{port}", token, self._host_learner)
+            self._server = _FlightServer((host, port, identity), token, self._host_learner)
         except (pa.ArrowException, flight.FlightError, OSError) as exc:
             raise FlopsError(
                 ErrorCode.PORT_OCCUPIED, f"The aggregator cannot listen on {host}:{port}: {exc}."
@@ -320,14 +323,27 @@ def _short(exc: Exception) -> str:
 
 
 class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has no types
-    def __init__(self, location: str, token: str, serve: Callable[[Stream], None]) -> None:
+    def __init__(self, where: tuple[str, int, str], token: str, serve: Callable[[Stream], None]) -> None:
         # FlightServerBase listens already inside its constructor.
         self._serve = serve
-        super().__init__(location, middleware={"token": _TokenCheck(token)})
+        host, port, identity = where
+        scheme = "grpc+tls" if identity else "grpc"
+        certificates = [_key_and_certificate(Path(identity))] if identity else None
+        super().__init__(
+            f"{scheme}://{host}:{port}",
+            tls_certificates=certificates,
+            middleware={"token": _TokenCheck(token)},
+        )
 
     def do_exchange(self, _context: Any, _descriptor: Any, reader: Any, writer: Any) -> None:
         writer.begin(SCHEMA)
         self._serve(Stream(reader, writer))
+
+
+def _key_and_certificate(path: Path) -> tuple[str, str]:
+    """The certificates in a file, and the private key that begins it."""
+    key, begin, certificates = path.read_text(encoding="ascii").partition("-----BEGIN CERTIFICATE-----")
+    return begin + certificates, key
 
 
 class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow has no types

@@ -139,6 +139,7 @@ class Tier:
                 self._context.host,
                 port,
                 self._config.learner_token,
+                identity=self._context.identity,
                 on_join=self._tell_join,
                 on_leave=self._tell_leave,
                 on_lost_loader=self._tell_lost_loader,

@@ -44,6 +44,11 @@ _MESSAGE_LIMIT = 1_000  # characters; gRPC refuses a call's trailers above 8 KiB
 _DETAILS_LIMIT = 3_000
 
 
+def aggregator_name(project_id: str) -> str:
+    """The name that a project's aggregator has in its certificate, at whatever address it is dialled."""
+    return f"{project_id}.aggregator.flops.internal"
+
+
 class Action(StrEnum):
     """Actions of the data server, with the right each needs and its body."""
 

@@ -2,7 +2,8 @@
 
 The node asks ``GET /api/node/authority`` without trusting the answer, holds it against the fingerprint in its
 token, and only then sends `JoinRequest` to ``POST /api/node/join``, over TLS to that authority's cluster.
-``POST /api/node/certificate`` with a `RenewalRequest` renews a certificate that is still good.
+``POST /api/node/certificate`` with a `RenewalRequest` renews a certificate that is still good;
+``POST /api/node/service-certificate`` with a `ServiceCertificateRequest` makes one for an aggregator there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flops.errors import ErrorCode, FlopsError
 AUTHORITY_PATH = "/api/node/authority"
 JOIN_PATH = "/api/node/join"
 RENEWAL_PATH = "/api/node/certificate"
+SERVICE_PATH = "/api/node/service-certificate"
 _PREFIX = "flops1."
 _LONGEST = 2_000
 
@@ -78,7 +80,14 @@ class RenewalRequest(Value):
     signing_request: str
 
 
+class ServiceCertificateRequest(Value):
+    """A service on this node that others dial."""
+
+    service_id: str
+    signing_request: str
+
+
 class CertificateSigned(Value):
-    """The answer to both."""
+    """The answer to all of these."""
 
     certificate: str  # PEM

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
+from flops.core.cluster import Service
 from flops.orchestrator.admission import Admission
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.port_guard import PortGuard
@@ -39,9 +40,10 @@ def with_registry(cluster: Starlette, registry: Starlette) -> Starlette:
 def guarded(app: Starlette, admission: Admission, orchestrator: ClusterOrchestrator) -> Starlette:
     """The same, for nodes with a certificate and the services on them only."""
 
-    def is_running(service_id: str) -> bool:
-        return any(s.spec.id == service_id and not s.status.state.is_final for s in orchestrator.services())
+    def running(service_id: str) -> Service | None:
+        found = (s for s in orchestrator.services() if s.spec.id == service_id)
+        return next((s for s in found if not s.status.state.is_final), None)
 
-    guard = Middleware(PortGuard, admission=admission, is_running=is_running, call=run_in_threadpool)
+    guard = Middleware(PortGuard, admission=admission, running=running, call=run_in_threadpool)
     app.user_middleware.insert(0, guard)
     return app

@@ -34,6 +34,7 @@ from flops.control.lifetime import (
     TRACKING_FOLDER,
     run_until_told,
 )
+from flops.core.health import is_loopback
 from flops.core.sla import Packaging
 from flops.durable_file import keep_token, remove_unfinished
 from flops.errors import ErrorCode, FlopsError
@@ -48,7 +49,7 @@ from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.packages import PackageCache
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
-from flops.settings import ControlSettings, inherited_environment, is_loopback
+from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus, InvitationMade, InvitationRequest
 from flops.wiring.cluster_port import guarded, with_registry
 
@@ -136,19 +137,11 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 
     blobs = FileBlobs(folder / "blobs")
     security = _open_security(settings, parts, clock)
-    orchestrator = ClusterOrchestrator(
-        SqlClusterStore(folder / CLUSTER_FILE),
-        clock,
-        admission=security.admission if security is not None else None,
-    )
+    orchestrator = _open_orchestrator(folder, clock, security)
     packages, sweeps = _open_packages(settings, blobs, parts)
     image_blobs, images = _open_images(folder / IMAGES_FOLDER)
-    cluster = _serve_cluster(
-        settings,
-        ports,
-        (orchestrator, blobs, packages, build_registry(image_blobs, images, clock)),
-        security,
-    )
+    registry = build_registry(image_blobs, images, clock)
+    cluster = _serve_cluster(settings, ports, (orchestrator, blobs, packages, registry), security)
     parts.callback(cluster.close)
 
     store = SqlProjectStore(folder / PROJECTS_FILE)
@@ -203,6 +196,13 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     manager.start()
     ports.keep({"manager": manager.port, "cluster": cluster.port, "tracking": tracking.port})
     return status().model_dump()
+
+
+def _open_orchestrator(
+    folder: Path, clock: SystemClock, security: ClusterSecurity | None
+) -> ClusterOrchestrator:
+    admission = security.admission if security is not None else None
+    return ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock, admission=admission)
 
 
 def _serve_cluster(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import ssl
+from pathlib import Path
 
 from flops.adapters.node_link import WebSocketLink, client_tls, dial_cluster
+from flops.core.health import is_loopback
+from flops.core.ids import ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.node.configuration import NodeConfiguration
 from flops.node.home import keep_node_id
 from flops.node.paths import NodePaths
 from flops.ports import Clock
-from flops.settings import is_loopback
 from flops.wire.cluster_tls import cluster_tls
 
 _RETRY_S = 60.0  # after a renewal that failed
@@ -64,6 +66,16 @@ class Membership:
         if self.must_redial():
             self._renew()
         return dial_cluster(self.cluster, tls=self.tls)
+
+    def certify(self, service_id: ServiceId, path: Path) -> None:
+        """Write key and certificate of a service that others dial.
+
+        Raises:
+            FlopsError: see `certify_service`.
+        """
+        from flops.adapters.node_identity import certify_service
+
+        certify_service(self._paths.identity, self.cluster, service_id, path, self._clock.now_s())
 
     def must_redial(self) -> bool:
         """Whether it is time to renew the certificate."""

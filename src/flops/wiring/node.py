@@ -181,7 +181,8 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     image_blobs = FileBlobs(paths.images, is_oci_layout=True)
     images = _open_images(paths, image_blobs, conf.cluster, tls) if conf.prefers_containers else None
     bring_image = images.bring if images is not None else None
-    preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image)
+    certify = membership.certify if membership.authority else None
+    preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image, certify)
     supervisor = Supervisor(paths.services, preparer, services)
     view = NodeView(
         node_id=node_id,

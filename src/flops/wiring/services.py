@@ -136,14 +136,17 @@ def open_image_tools(context: ActorContext, order: ImageOrder) -> ImageTools:
 
 
 def _cluster_registry(context: ActorContext) -> ClusterRegistry:
+    import ssl
     from urllib.parse import urlsplit
 
     from flops.wire.cluster_tls import cluster_tls
     from flops.wiring.registries import ClusterRegistry
 
-    tls = cluster_tls(context.authority) if context.authority else None
-    host = urlsplit(context.blobs_url).netloc
-    return ClusterRegistry(host, tls, user=context.service_id, password=context.key)
+    url = urlsplit(context.blobs_url)
+    tls = ssl.create_default_context() if url.scheme == "https" else None
+    if context.authority:
+        tls = cluster_tls(context.authority)
+    return ClusterRegistry(url.netloc, tls, user=context.service_id, password=context.key)
 
 
 def _site_packages(blobs_url: str) -> SitePackages | None:
