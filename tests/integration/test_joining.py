@@ -143,7 +143,7 @@ class Played:
         self.link = link
 
     def expect(self, kind: type[T]) -> T:
-        message = self.link.receive(5)
+        message = self.link.receive(20)
         assert isinstance(message, kind), message
         return message
 
@@ -366,7 +366,7 @@ def test_a_removed_node_is_locked_out_at_once_and_for_good(cluster: SafeCluster)
         cluster.orchestrator.remove_node(NodeId("n1"), is_forced=True)
         assert removed.expect(RemoveService).service_id == "s1"
         assert removed.expect(Refused).error["code"] == ErrorCode.CERTIFICATE_REFUSED.value
-        refused(ErrorCode.UNREACHABLE, lambda: removed.link.receive(5))
+        refused(ErrorCode.UNREACHABLE, lambda: removed.link.receive(20))
         cluster.orchestrator.start_service(spec("s2", "n2"))
         stays.expect(StartService)
         assert {node.id for node in cluster.orchestrator.nodes()} == {"n2"}

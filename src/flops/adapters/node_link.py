@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from websockets.exceptions import (
 )
 from websockets.sync.client import ClientConnection, connect
 
+from flops.adapters.tls_socket import TlsSocket
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import alert_of, speaks_tls, tls_problem
 from flops.wire.node import FROM_CLUSTER, FromCluster, FromNode
@@ -96,13 +98,13 @@ def dial_cluster(
     Raises:
         FlopsError: ``unreachable``, ``certificate_refused``, ``encryption_mismatch``.
     """
-    scheme = "wss" if tls is not None else "ws"
     stack = contextlib.ExitStack()
     try:
+        encrypted = None if tls is None else _connect_by_tls(cluster, tls, timeout_s)
         # A cluster is in the same network: a proxy for the Internet does not lead there.
         connecting = connect(
-            f"{scheme}://{cluster}/api/node/link",
-            ssl=tls,
+            f"ws://{cluster}/api/node/link",
+            sock=encrypted,  # type: ignore[arg-type]  # it is one for all that is asked of it
             proxy=None,
             compression=None,
             open_timeout=timeout_s,
@@ -119,6 +121,14 @@ def dial_cluster(
             raise problem from exc
         raise FlopsError(ErrorCode.UNREACHABLE, f"No cluster answers at {cluster}: {_reason(exc)}.") from exc
     return WebSocketLink(connection, stack, cluster)
+
+
+def _connect_by_tls(cluster: str, tls: ssl.SSLContext, timeout_s: float) -> TlsSocket:
+    host, port = _host_and_port(cluster)
+    connection = socket.create_connection((host, port), timeout=timeout_s)
+    encrypted = TlsSocket(connection, tls, host)
+    connection.settimeout(None)
+    return encrypted
 
 
 def _tls_problem(exc: Exception, cluster: str, tls: ssl.SSLContext) -> FlopsError | None:

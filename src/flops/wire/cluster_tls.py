@@ -24,6 +24,10 @@ class ClusterTls(ssl.SSLContext):
         """As of the base class, with the cluster's name."""
         return super().wrap_socket(*arguments, **{**options, "server_hostname": CLUSTER_NAME})
 
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        """Likewise."""
+        return super().wrap_bio(*arguments, **{**options, "server_hostname": CLUSTER_NAME})
+
 
 def cluster_tls(authority: str, identity: Path | None = None) -> ClusterTls:
     """How to speak to the cluster of an authority.
