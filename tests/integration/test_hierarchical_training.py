@@ -215,3 +215,23 @@ def test_the_users_exception_in_every_cluster_reaches_the_user(stage: TrainingSt
     assert error.code is ErrorCode.USER_CODE_FAILED
     assert "the sensor is broken" in error.message
     assert "Cycle 1, train" in error.message
+
+
+@pytest.mark.timeout(60)
+def test_a_cluster_that_is_stopped_before_it_joins_is_not_waited_for(stage: TrainingStage) -> None:
+    repo = stage.repo()
+    config = root_config(stage, clusters=2, cycles=1)
+    training = stage.train_in_thread(stage.aggregator_context(config, repo), join_patience_s=600.0)
+    (other,) = [
+        process
+        for number, process in enumerate(start_clusters(stage, repo, clusters=2, each=1, rounds=1))
+        if number == 1
+    ]
+    stage.processes[-1].kill()  # its only learner
+    stage.await_event(cluster(1), "progress", lambda e: "Waiting for 1 learner" in e["message"])
+    other.send_signal(signal.SIGTERM)
+    training.result(40)
+    assert other.wait(20) == 130
+    assert stage.events(cluster(1), "failed") == []  # its node may start it again
+    (record,) = cycles_of(stage)
+    assert [part.learner for part in record.participants] == [cluster(0)]

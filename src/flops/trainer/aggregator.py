@@ -63,6 +63,7 @@ def main(
         FlopsError: why there is no model.
     """
     config = _parse(context)
+    _on_sigterm(signal.default_int_handler)  # a stopped project's run is closed, too
     if config.parent is not None:
         train_cluster(context, config, events)
         return
@@ -70,7 +71,6 @@ def main(
     if completed.exists():  # nothing is left to do; the run, which has its end, stays as it is
         events.tell("training_completed", model=json.loads(completed.read_text()))
         return
-    _on_sigterm(signal.default_int_handler)  # a stopped project's run is closed, too
     training = Training(context, config, events, tracker_factory, environ)
     try:
         training.run()

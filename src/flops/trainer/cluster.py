@@ -102,15 +102,14 @@ class ClusterTraining:
         try:
             self._tier.gathering.wait(lambda: False)
         except FlopsError as exc:
-            self._refuse(exc)
+            self._events.tell_failure(exc)
+            self._dial.tell_failure(exc)
             raise
-        except KeyboardInterrupt:  # stopped: the aggregator above need not wait for this cluster
-            self._refuse(FlopsError(ErrorCode.TOO_FEW_LEARNERS, "The cluster's aggregator was stopped."))
+        except KeyboardInterrupt:  # stopped: the aggregator above need not wait until it is started again
+            self._dial.tell_failure(
+                FlopsError(ErrorCode.TOO_FEW_LEARNERS, "The cluster's aggregator was stopped.")
+            )
             raise
-
-    def _refuse(self, error: FlopsError) -> None:
-        self._events.tell_failure(error)
-        self._dial.tell_failure(error)
 
     def _hello(self) -> dict[str, Any]:
         rows = sum(link.rows for link in self._tier.server.joined())
