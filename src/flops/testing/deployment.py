@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ class Deployment:
         if container_socket is not None:
             self._environ["FLOPS_CONTAINER_SOCKET"] = str(container_socket)
         self._address = address
+        self._is_local = ipaddress.ip_address(address).is_loopback
         self._ports = dict(zip(("manager", "cluster", "tracking"), free_ports(3), strict=True))
         self.nodes: list[str] = []
         self.prefixes: dict[str, tuple[str, ...]] = {}  # by node: what runs its commands on another machine
@@ -104,10 +106,13 @@ class Deployment:
         self.flops("up", *ports)
 
     def start_node(self, name: str, *addons: str) -> None:
-        """Prepare a node with addons and start it."""
+        """Prepare a node with addons and start it; beyond loopback it joins by a token."""
         for addon in addons:
             self.node(name, "config", "addon", addon, "on")
-        self.node(name, "-a", self._address, "-p", str(self.cluster_port), "-d")
+        joining = ["-a", self._address, "-p", str(self.cluster_port)]
+        if not self._is_local and name not in self.nodes:
+            joining = ["--token", self.flops("node", "invite").stdout.strip()]
+        self.node(name, *joining, "-d")
         if name not in self.nodes:
             self.nodes.append(name)
 
