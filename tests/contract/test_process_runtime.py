@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,30 @@ class TestProcessRuntime(RuntimeContract):
     @pytest.fixture
     def reopen(self, folder: Path, groups: ControlGroups) -> Callable[[], Runtime]:
         return lambda: make_runtime(folder, groups)
+
+
+def test_a_service_that_is_looked_at_while_it_starts_starts(folder: Path, tmp_path: Path) -> None:
+    """Between the old shim's end and the new one's beginning it looks like one that was killed."""
+    runtime = make_runtime(folder, find_control_groups())
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            runtime.status(S1)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(20):
+            runtime.start(S1, [sys.executable, "-c", "print('here')"], {}, tmp_path, Resources())
+            until(lambda: (s := runtime.status(S1)) is not None and s.state.is_final)
+            status = runtime.status(S1)
+            assert status is not None
+            assert status.state is ServiceState.COMPLETED, runtime.output(S1)
+    finally:
+        is_over.set()
+        looking.join()
+        runtime.remove(S1)
 
 
 class TestShim:

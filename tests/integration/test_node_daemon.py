@@ -511,9 +511,9 @@ def test_the_cache_gives_way_but_not_what_a_service_needs(
     other = cluster.blobs.put(bundle_of({"b": "2"}))
     cluster.run("pass", "other", bundle=other)
     cluster.wait_for(ServiceState.COMPLETED, "other")
-    until(lambda: not (node.home / "bundles" / other).exists(), "the removal of what is not needed")
+    until(lambda: f"removed from the bundles: {other[:12]}" in node.log, "the removal of what is not needed")
+    assert not (node.home / "bundles" / other).exists()
     assert (node.home / "bundles" / digest / "a").exists()
-    assert f"removed from the bundles: {other[:12]}" in node.log
     cluster.orchestrator.stop_service(ServiceId("learner-p1-0"))
     cluster.wait_for(ServiceState.STOPPED)
     node.stop()

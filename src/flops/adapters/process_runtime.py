@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -90,6 +91,7 @@ class ProcessRuntime:
         self._limiter = limiter
         self._output_bytes = output_bytes
         self._meter = UsageMeter()
+        self._locks = tuple(threading.RLock() for _ in range(16))
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def start(
@@ -106,9 +108,25 @@ class ProcessRuntime:
         Raises:
             FlopsError: ``disk_full``, ``file_unreadable`` or ``service_failed`` when it cannot be started.
         """
-        folder = self._folder(service_id)
-        if self._living_shim(folder) is not None:
-            return
+        with self._lock_of(service_id):
+            folder = self._folder(service_id)
+            if self._living_shim(folder) is None:
+                self._start(service_id, folder, argv, env, work_dir, resources, reach)
+
+    def _lock_of(self, service_id: ServiceId) -> threading.RLock:
+        """Held while a service is started, so that nobody takes it for one that was killed, and sweeps."""
+        return self._locks[hash(service_id) % len(self._locks)]
+
+    def _start(
+        self,
+        service_id: ServiceId,
+        folder: Path,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        work_dir: Path,
+        resources: Resources,
+        reach: Reach | None,
+    ) -> None:
         attempt = int((read_record(folder / shim.LAUNCH_FILE) or {}).get("attempt", 0)) + 1
         before = self.status(service_id)
         self._sweep(service_id)
@@ -162,6 +180,10 @@ class ProcessRuntime:
     def status(self, service_id: ServiceId) -> ServiceStatus | None:
         """The service's state, also after a restart of the caller; None when it was never started."""
         folder = self._folder(service_id)
+        if self._is_unwatched(folder):
+            with self._lock_of(service_id):
+                if self._is_unwatched(folder):
+                    self._sweep(service_id)
         if self._living_shim(folder) is not None:
             return ServiceStatus(service_id=service_id, state=ServiceState.RUNNING)
         record = read_record(folder / shim.EXIT_FILE)
@@ -170,15 +192,23 @@ class ProcessRuntime:
         identity = read_record(folder / shim.SHIM_FILE)
         if identity is None:
             return None
-        self._sweep(service_id)
         if identity.get("boot_id") != self._boot_id:
             return stopped_status(service_id, None, MACHINE_RESTARTED)
         return ended_status(service_id, -9, problem="was killed, together with the process that watches it")
 
+    def _is_unwatched(self, folder: Path) -> bool:
+        """Whether a service has a shim that is gone without a word: killed, or being started anew."""
+        return (
+            self._living_shim(folder) is None
+            and not (folder / shim.EXIT_FILE).exists()
+            and (folder / shim.SHIM_FILE).exists()
+        )
+
     def stop(self, service_id: ServiceId, *, grace_s: float = 5.0) -> None:
         """End the service with all its children: first politely, after `grace_s` for good."""
         folder = self._folder(service_id)
-        pid = self._living_shim(folder)
+        with self._lock_of(service_id):  # one that is being started is there afterwards
+            pid = self._living_shim(folder)
         if pid is not None:
             # Without this file, the shim waits for its usual time.
             with contextlib.suppress(FlopsError):
@@ -187,7 +217,8 @@ class ProcessRuntime:
             if not _wait(lambda: self._living_shim(folder) is None, grace_s + _KILL_TIMEOUT_S):
                 shim.send_signal({pid}, signal.SIGKILL)
                 _wait(lambda: self._living_shim(folder) is None, _KILL_TIMEOUT_S)
-        self._sweep(service_id)
+        with self._lock_of(service_id):
+            self._sweep(service_id)
 
     def remove(self, service_id: ServiceId) -> None:
         """Stop the service and forget it, with its output."""
