@@ -34,6 +34,7 @@ from flops.ports import Clock
 from flops.registry.refusals import RefusedError, answer_error, answer_refusal
 from flops.registry.repositories import Repositories
 from flops.registry.uploads import Uploads, UploadSession
+from flops.wire.byte_range import NoSuchPartError, read_range
 
 MAX_BLOB_BYTES = 64 * 1024**3
 _THREADS = 8
@@ -42,7 +43,6 @@ _GRACE_S = 3_600.0  # of uploads that nobody goes on with, and of blobs that no 
 _PAGE = 1_000
 _ANY_TYPE = "application/octet-stream"
 _CONTENT_RANGE = re.compile(r"(?:bytes )?(?P<start>\d+)-\d+(?:/.*)?")
-_RANGE = re.compile(r"bytes=(?P<start>\d*)-(?P<last>\d*)")
 
 _log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class _RegistryServer:
         }
         if request.method == "HEAD":
             return Response(headers=headers, media_type=_ANY_TYPE)
-        if (part := _read_range(request.headers.get("range", ""), size)) is not None:
+        if (part := _part_asked_for(request, size)) is not None:
             start, stop = part
             headers |= {
                 "content-length": str(stop - start),
@@ -330,19 +330,12 @@ def _read_digest(text: str) -> Digest:
     return Digest(found["hex"])
 
 
-def _read_range(text: str, size: int) -> tuple[int, int] | None:
-    """First byte and the one after the last; None for the whole."""
-    found = _RANGE.fullmatch(text)
-    if found is None or found["start"] == found["last"] == "":
-        return None
-    if found["start"] == "":
-        start, stop = max(size - int(found["last"]), 0), size
-    else:
-        start = int(found["start"])
-        stop = min(int(found["last"]) + 1, size) if found["last"] else size
-    if start >= stop:
-        raise RefusedError(416, "SIZE_INVALID", "No such part.", {"Content-Range": f"bytes */{size}"})
-    return start, stop
+def _part_asked_for(request: Request, size: int) -> tuple[int, int] | None:
+    try:
+        return read_range(request.headers.get("range", ""), size)
+    except NoSuchPartError:
+        headers = {"Content-Range": f"bytes */{size}"}
+        raise RefusedError(416, "SIZE_INVALID", "No such part.", headers) from None
 
 
 async def _answer_http_error(request: Request, exc: Exception) -> Response:
