@@ -84,7 +84,7 @@ class Disturbed:
         pytest.param(Stage.RESOLVING, 0, marks=pytest.mark.chaos),
         pytest.param(Stage.PLACING, 0, marks=pytest.mark.chaos),
         pytest.param(Stage.TRAINING, 0, marks=pytest.mark.chaos),
-        (Stage.TRAINING, 3),
+        pytest.param(Stage.TRAINING, 3, marks=pytest.mark.chaos),
         pytest.param(Stage.TRAINING, 8, marks=pytest.mark.chaos),
         pytest.param(Stage.DEPLOYING, 8, marks=pytest.mark.chaos),
     ],
