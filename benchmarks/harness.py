@@ -88,13 +88,14 @@ class Report:
 
     def print(self, *notes: str) -> None:
         """Print the table, the notes, and the JSON."""
-        print(f"\n{machine_in_words()}\n")
+        found = machine()
+        print(f"\n{_in_words(found)}\n")
         rule = ["---"] * len(self._columns)
         for cells in (self._columns, rule, *self._rows):
             print(f"| {' | '.join(cells)} |")
         for note in notes:
             print(f"\n{note}")
-        print(f"\n{json.dumps({'benchmark': self._name, 'machine': machine(), 'rows': self._figures})}")
+        print(f"\n{json.dumps({'benchmark': self._name, 'machine': found, 'rows': self._figures})}")
 
 
 def machine() -> dict[str, Any]:
@@ -116,9 +117,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_in_words() -> str:
-    """The machine, in one line."""
-    found = machine()
+def _in_words(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, load {found['load']}; "
@@ -126,12 +125,10 @@ def machine_in_words() -> str:
     )
 
 
-def arguments(description: str | None, *more: tuple[str, Mapping[str, Any]]) -> argparse.Namespace:
+def arguments(description: str | None) -> argparse.Namespace:
     """The command line: ``--smoke`` for a small run that shows that the benchmark works."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes, one run: shows that it works")
-    for name, options in more:
-        parser.add_argument(name, **options)
     return parser.parse_args()

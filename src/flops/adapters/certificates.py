@@ -12,13 +12,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from flops.core.admission import NodeCertificate
+from flops.core.admission import CLOCKS_DIFFER_BY_S, NodeCertificate, serial_text
 from flops.core.ids import NodeId
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 
 _AUTHORITY_LIFE_S = 30 * 365 * 86_400.0
-_CLOCKS_DIFFER_BY_S = 86_400.0  # a node whose clock is late takes a new certificate all the same
 
 
 class FileAuthority:
@@ -82,9 +81,7 @@ class FileAuthority:
 
     def sign_service(self, request: str, name: str, now_s: float, life_s: float) -> str:
         """Sign a certificate for a service that others dial by a name; see `Authority`."""
-        builder = _builder(name, _key_of(request), self._certificate.subject, now_s, life_s)
-        signed = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH).sign(self._key, hashes.SHA256())
-        return _pem(signed)
+        return self._sign_server(_key_of(request), name, now_s, life_s)
 
     def keep_server_identity(self, path: Path, name: str, now_s: float, life_s: float) -> None:
         """Write a new key with a certificate for a server of the cluster, and the authority's own.
@@ -99,14 +96,14 @@ class FileAuthority:
             FlopsError: ``disk_full``, ``file_unreadable``.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(name, key.public_key(), self._certificate.subject, now_s, life_s)
+        write_durably(
+            path, _key_pem(key) + self._sign_server(key.public_key(), name, now_s, life_s) + self.pem
+        )
+
+    def _sign_server(self, key: ec.EllipticCurvePublicKey, name: str, now_s: float, life_s: float) -> str:
+        builder = _builder(name, key, self._certificate.subject, now_s, life_s)
         signed = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH).sign(self._key, hashes.SHA256())
-        write_durably(path, _key_pem(key) + _pem(signed) + self.pem)
-
-
-def serial_text(number: int) -> str:
-    """A serial number as it is stored and told."""
-    return f"{number:x}"
+        return _pem(signed)
 
 
 def _make_authority(now_s: float) -> str:
@@ -143,7 +140,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(_date(now_s - _CLOCKS_DIFFER_BY_S))
+        .not_valid_before(_date(now_s - CLOCKS_DIFFER_BY_S))
         .not_valid_after(_date(now_s + life_s))
     )
 

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 
-from flops.core.admission import PeerCertificate
+from flops.core.admission import PeerCertificate, serial_text
 from flops.errors import ErrorCode, FlopsError
 
 _START_TIMEOUT_S = 30.0
@@ -43,7 +43,9 @@ class _WithPeer:
         serial = str(shown.get("serialNumber", ""))
         self._peer = None
         if serial:
-            self._peer = PeerCertificate(serial=f"{int(serial, 16):x}", name=names.get("commonName", ""))
+            self._peer = PeerCertificate(
+                serial=serial_text(int(serial, 16)), name=names.get("commonName", "")
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         extensions = {**(scope.get("extensions") or {}), _PEER: self._peer}

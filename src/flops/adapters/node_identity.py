@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flops.core.admission import renewal_due
+from flops.core.admission import CLOCKS_DIFFER_BY_S, renewal_due
 from flops.core.model import Value
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
@@ -89,8 +89,7 @@ def read_identity(path: Path) -> Identity | None:
         node_id=_common_name(found.subject),
         signer=_common_name(found.issuer),
         authority=authority,
-        # It says a day earlier, for clocks that differ.
-        not_before_s=found.not_valid_before_utc.timestamp() + 86_400.0,
+        not_before_s=found.not_valid_before_utc.timestamp() + CLOCKS_DIFFER_BY_S,
         not_after_s=found.not_valid_after_utc.timestamp(),
     )
 

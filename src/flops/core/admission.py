@@ -8,6 +8,13 @@ from flops.core.ids import NodeId
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 
+CLOCKS_DIFFER_BY_S = 86_400.0  # certificates say so much earlier: a node whose clock is late takes them, too
+
+
+def serial_text(number: int) -> str:
+    """A certificate's serial number as it is stored and told."""
+    return f"{number:x}"
+
 
 class Invitation(Value):
     """Lets some nodes join, for a while.
