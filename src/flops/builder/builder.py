@@ -25,7 +25,7 @@ from flops.wire.services import BuilderConfig, ImageOrder
 
 _TIMEOUT_S = 60.0
 FetchBlob = Callable[[str, Digest, Path], None]
-OpenImages = Callable[[Path, ImageOrder, frozenset[str]], ImageTools]
+OpenImages = Callable[[ImageOrder], ImageTools]
 _UPLOAD_ATTEMPTS = 5
 _RECIPES = ("Dockerfile", "Containerfile")  # of images, which other programs make
 
@@ -47,8 +47,7 @@ def main(
         context: `repo_dir`, `blobs_url`, `environments_dir` and a `BuilderConfig`.
         events: gets progress, then ``environment_locked``.
         open_environments: makes the environments of a folder.
-        open_images: makes the tools for images, which keep what they need in a folder; given the registries
-            that are spoken to in the clear.
+        open_images: makes the tools for images.
         fetch_blob: brings a blob of the cluster into a file, given the blobs' URL.
 
     Raises:
@@ -103,10 +102,8 @@ class _Build:
         )
 
     def _images(self, order: ImageOrder) -> ProjectImages:
-        url = urlsplit(self._context.blobs_url)
-        plain_http = frozenset({url.netloc} if url.scheme == "http" else ())
-        tools = self._open_images(Path(self._context.images_dir), order, plain_http)
-        return ProjectImages(tools, order, self._context, url.netloc)
+        cluster = urlsplit(self._context.blobs_url).netloc
+        return ProjectImages(self._open_images(order), order, self._context, cluster)
 
     def _tell_what_is_not_used(self) -> None:
         for name in _RECIPES:

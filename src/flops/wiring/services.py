@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from flops.builder.images import ImageTools
     from flops.core.ids import Digest
     from flops.image_ports import BaseImages
-    from flops.package_ports import SitePackages
     from flops.ports import Environments
     from flops.wire.services import ImageOrder
     from flops.wiring.registries import ClusterRegistry
@@ -29,7 +28,7 @@ def run_builder(arguments: list[str]) -> int:
             context,
             events,
             partial(open_environments, blobs_url=context.blobs_url),
-            lambda _root, order, _plain_http: open_image_tools(context, order),
+            partial(open_image_tools, context),
             partial(_fetch_blob, context),
         ),
         ["", *arguments],
@@ -117,6 +116,7 @@ def open_image_tools(context: ActorContext, order: ImageOrder) -> ImageTools:
     from flops.adapters.images.assembler import OciAssembler
     from flops.adapters.images.debian_base import DebianBase
     from flops.adapters.images.pulled_base import PulledBase
+    from flops.adapters.package_index import ClusterPackages
     from flops.builder.images import ImageTools
     from flops.core.image_reference import parse_reference
     from flops.settings import inherited_environment
@@ -130,7 +130,7 @@ def open_image_tools(context: ActorContext, order: ImageOrder) -> ImageTools:
     bases: BaseImages = DebianBase(root / "bases", uv=program, environ=environ)
     if order.base:
         bases = PulledBase(root / "bases", registry, parse_reference(order.base))
-    site = _site_packages(context.blobs_url)
+    site = ClusterPackages(context.blobs_url)
     assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ, site=site)
     return ImageTools(assembler, blobs, registry, own_lock())
 
@@ -147,13 +147,6 @@ def _cluster_registry(context: ActorContext) -> ClusterRegistry:
     if context.authority:
         tls = cluster_tls(context.authority)
     return ClusterRegistry(url.netloc, tls, user=context.service_id, password=context.key)
-
-
-def _site_packages(blobs_url: str) -> SitePackages | None:
-    """Packages by way of the cluster; none where it encrypts: uv does not know its authority."""
-    from flops.adapters.package_index import ClusterPackages
-
-    return None if blobs_url.startswith("https:") else ClusterPackages(blobs_url)
 
 
 def own_lock() -> str:
@@ -174,6 +167,7 @@ def open_environments(root: Path, blobs_url: str) -> Environments:
 
     import uv
 
+    from flops.adapters.package_index import ClusterPackages
     from flops.adapters.uv_environments import UvEnvironments
     from flops.settings import inherited_environment
 
@@ -182,5 +176,5 @@ def open_environments(root: Path, blobs_url: str) -> Environments:
         uv=Path(uv.find_uv_bin()),
         environ=inherited_environment(),
         mlflow_version=version("mlflow"),
-        site=_site_packages(blobs_url),
+        site=ClusterPackages(blobs_url),
     )

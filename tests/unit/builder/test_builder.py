@@ -96,7 +96,7 @@ def context_in(folder: Path, port: int, **config: object) -> ActorContext:
     )
 
 
-def no_images(_root: Path, order: ImageOrder, _plain: frozenset[str]) -> NoReturn:
+def no_images(order: ImageOrder) -> NoReturn:
     raise AssertionError(order)
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_built_is_not_told_as_an_environment(tmp_path: Path, serv
 def test_a_repository_with_a_recipe_of_its_own_is_told_that_it_is_not_used(
     tmp_path: Path, server: BlobServer, name: str
 ) -> None:
-    def fail(_root: Path, order: ImageOrder, _plain: frozenset[str]) -> NoReturn:
+    def fail(order: ImageOrder) -> NoReturn:
         raise FlopsError(ErrorCode.CONFIG_CORRUPT, order.commit)
 
     images = {"project_id": "p1", "platforms": ["linux/amd64"], "source": "s", "commit": "c" * 40}
