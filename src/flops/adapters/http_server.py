@@ -21,12 +21,12 @@ from websockets.exceptions import InvalidState
 
 from flops.core.admission import PeerCertificate, serial_text
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.join import PEER_EXTENSION
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0  # what open requests get to end
 _BACKLOG = 2048
 _MAX_MESSAGE_BYTES = 16 * 1024**2
-_PEER = "flops.peer"  # as `flops.orchestrator.port_guard` reads it
 _NO_CHECK_OF_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME of OpenSSL
 _TLS_BEGINS = b"\x16\x03"
 
@@ -48,7 +48,7 @@ class _WithPeer:
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        extensions = {**(scope.get("extensions") or {}), _PEER: self._peer}
+        extensions = {**(scope.get("extensions") or {}), PEER_EXTENSION: self._peer}
         await self._app({**scope, "extensions": extensions}, receive, send)
 
 

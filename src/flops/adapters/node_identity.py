@@ -22,7 +22,7 @@ from flops.core.admission import CLOCKS_DIFFER_BY_S, renewal_due
 from flops.core.model import Value
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.cluster_tls import cluster_tls, split_chain, tls_problem
+from flops.wire.cluster_tls import cluster_tls, split_chain, tls_problem, tls_to_anybody
 from flops.wire.join import (
     AUTHORITY_PATH,
     JOIN_PATH,
@@ -170,10 +170,7 @@ def certify_service(path: Path, cluster: str, service_id: str, target: Path, now
 
 def _trusted_authority(cluster: str, token: JoinToken) -> str:
     """The authority of the cluster that made the token; whoever answers is not trusted to say so."""
-    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    anybody.check_hostname = False
-    anybody.verify_mode = ssl.CERT_NONE
-    shown = _ask("GET", f"https://{cluster}{AUTHORITY_PATH}", AuthorityShown, anybody)
+    shown = _ask("GET", f"https://{cluster}{AUTHORITY_PATH}", AuthorityShown, tls_to_anybody())
     try:
         found = x509.load_pem_x509_certificate(shown.certificate.encode())
     except ValueError:

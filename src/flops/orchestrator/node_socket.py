@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from flops.core.admission import PeerCertificate
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
-from flops.orchestrator.port_guard import peer_of
+from flops.orchestrator.port_guard import invalid_from_node, peer_of
 from flops.wire.node import FROM_NODE, FromCluster, FromNode, Hello, Refused
 
 HELLO_TIMEOUT_S = 10.0
@@ -173,13 +173,7 @@ def _parse(text: str | None) -> FromNode:
     try:
         return FROM_NODE.validate_json(text)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the message"
-        raise FlopsError(
-            ErrorCode.USAGE,
-            f"The node sent a message that is invalid at {where}: {first['msg']}.",
-            hint="Install the same FLOps version on the node and on the cluster.",
-        ) from exc
+        raise invalid_from_node(exc, "The node sent a message that", whole="the message") from exc
 
 
 def _connect(

@@ -25,6 +25,7 @@ from flops.orchestrator.admission import Admission
 from flops.wire.join import (
     AUTHORITY_PATH,
     JOIN_PATH,
+    PEER_EXTENSION,
     RENEWAL_PATH,
     SERVICE_PATH,
     AuthorityShown,
@@ -34,7 +35,6 @@ from flops.wire.join import (
     ServiceCertificateRequest,
 )
 
-PEER = "flops.peer"  # key of `scope["extensions"]`; the server puts a `PeerCertificate` there
 _OPEN = frozenset({"/", AUTHORITY_PATH, JOIN_PATH})
 _FOR_SERVICES = ("/api/blobs/", "/v2/")
 _LONGEST_REQUEST = 64 * 1024
@@ -46,7 +46,7 @@ M = TypeVar("M", bound=Value)
 
 def peer_of(scope: Scope) -> PeerCertificate | None:
     """The certificate that the other side of a connection has shown."""
-    found = (scope.get("extensions") or {}).get(PEER)
+    found = (scope.get("extensions") or {}).get(PEER_EXTENSION)
     return found if isinstance(found, PeerCertificate) else None
 
 
@@ -149,10 +149,21 @@ async def _read(model: type[M], scope: Scope, receive: Receive) -> M:
     try:
         return model.model_validate_json(body)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
-        raise FlopsError(
-            ErrorCode.USAGE,
-            f"The node's request is invalid at {where}: {first['msg']}.",
-            hint="Install the same FLOps version on the node and on the cluster.",
-        ) from exc
+        raise invalid_from_node(exc, "The node's request", whole="it") from exc
+
+
+def invalid_from_node(exc: ValidationError, what: str, *, whole: str) -> FlopsError:
+    """The error of what a node sent and no model takes.
+
+    Args:
+        exc: why not.
+        what: it was, as the beginning of a sentence.
+        whole: what stands for the place when it is not in a part of it.
+    """
+    first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or whole
+    return FlopsError(
+        ErrorCode.USAGE,
+        f"{what} is invalid at {where}: {first['msg']}.",
+        hint="Install the same FLOps version on the node and on the cluster.",
+    )

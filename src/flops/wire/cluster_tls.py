@@ -94,15 +94,20 @@ def _tls_error(exc: BaseException | None) -> ssl.SSLError | None:
     return None
 
 
-def speaks_tls(host: str, port: int, timeout_s: float) -> bool:
-    """Whether TLS is spoken on a port; who is there does not matter."""
+def tls_to_anybody() -> ssl.SSLContext:
+    """How to speak to whoever is there, who is not trusted for it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def speaks_tls(host: str, port: int, timeout_s: float) -> bool:
+    """Whether TLS is spoken on a port; who is there does not matter."""
     try:
         with (
             socket.create_connection((host, port), timeout=timeout_s) as connection,
-            context.wrap_socket(connection),
+            tls_to_anybody().wrap_socket(connection),
         ):
             return True
     except OSError:

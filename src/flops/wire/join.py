@@ -21,6 +21,7 @@ AUTHORITY_PATH = "/api/node/authority"
 JOIN_PATH = "/api/node/join"
 RENEWAL_PATH = "/api/node/certificate"
 SERVICE_PATH = "/api/node/service-certificate"
+PEER_EXTENSION = "flops.peer"  # of a request's scope: the server puts a `PeerCertificate` there
 _PREFIX = "flops1."
 _LONGEST = 2_000
 
