@@ -11,6 +11,7 @@ from flops.core.cluster import Service
 from flops.core.ids import NodeId
 from flops.core.learner_states import LearnerStanding, last_words
 from flops.core.project import Project, ProjectEvent, Round, Training
+from flops.core.rounds import terms_for
 
 _WORDS_SHOWN = 10  # last lines of a service that ended unexpectedly
 
@@ -130,7 +131,7 @@ def durations(project: Project) -> str:
 
 def _word(project: Project) -> str:
     """What a round of the project's aggregator is called."""
-    return "cycle" if project.sla.training_configuration.is_hierarchical else "round"
+    return terms_for(has_clusters=project.sla.training_configuration.is_hierarchical).round.lower()
 
 
 def progress(project: Project) -> str:

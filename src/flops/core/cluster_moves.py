@@ -22,7 +22,7 @@ from flops.core.events import (
 )
 from flops.core.ids import ServiceId, make_service_id
 from flops.core.project import ClusterState, Project, Stage, Training
-from flops.core.service_moves import cluster_of, learner_ids
+from flops.core.service_moves import cluster_of, learner_ids, with_cluster
 
 
 def aggregator_listening(change: Change, event: AggregatorListening) -> None:
@@ -226,10 +226,7 @@ def _start_learners(change: Change, cluster: ClusterState, address: str) -> None
 def _update(change: Change, cluster: ClusterState, **fields: Any) -> None:
     training = change.project.training
     if training is not None:
-        clusters = tuple(
-            c.model_copy(update=fields) if c.name == cluster.name else c for c in training.clusters
-        )
-        change.set(training=training.model_copy(update={"clusters": clusters}))
+        change.set(training=with_cluster(training, cluster, **fields))
 
 
 def _where(cluster: ClusterState, number: int, rounds: int) -> str:

@@ -20,7 +20,12 @@ class Terms(Value):
     learner: str = "learner"
 
 
-CYCLES = Terms(round="Cycle", learner="cluster")  # of an aggregator above those of clusters
+_CYCLES = Terms(round="Cycle", learner="cluster")
+
+
+def terms_for(*, has_clusters: bool) -> Terms:
+    """What an aggregator calls its rounds; its learners may be the aggregators of clusters."""
+    return _CYCLES if has_clusters else Terms()
 
 
 class Outcome(StrEnum):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from flops.core.change import Change
 from flops.core.cluster import ServiceKind, ServiceState
 from flops.core.endings import end_if_nothing_runs, end_tracking, fail, stop_services
 from flops.core.events import ServiceChanged, ServiceProgressed, ServiceTold
 from flops.core.ids import ServiceId, make_service_id
-from flops.core.project import ClusterState, Failure, Project, Stage
+from flops.core.project import ClusterState, Failure, Project, Stage, Training
 from flops.errors import CATALOGUE, ErrorCode
 
 # The service whose failure is the project's, per stage.
@@ -58,6 +59,12 @@ def cluster_of(project: Project, aggregator: str) -> ClusterState | None:
     """The cluster with this aggregator, in a hierarchical training."""
     clusters = project.training.clusters if project.training is not None else ()
     return next((cluster for cluster in clusters if cluster.aggregator == aggregator), None)
+
+
+def with_cluster(training: Training, cluster: ClusterState, **fields: Any) -> Training:
+    """The training with some fields of a cluster changed."""
+    clusters = tuple(c.model_copy(update=fields) if c.name == cluster.name else c for c in training.clusters)
+    return training.model_copy(update={"clusters": clusters})
 
 
 def forget(change: Change, services: Iterable[ServiceId]) -> None:
@@ -242,11 +249,13 @@ def _give_up_cluster(change: Change, cluster: ClusterState, failure: Failure) ->
     training = change.project.training
     if training is None or cluster.is_given_up or change.project.stage is not Stage.TRAINING:
         return
-    given_up = cluster.model_copy(update={"is_given_up": True, "is_joined": False})
-    clusters = tuple(given_up if c.name == cluster.name else c for c in training.clusters)
+    training = with_cluster(training, cluster, is_given_up=True, is_joined=False)
     joined = tuple(learner for learner in training.learners if learner not in cluster.learners)
-    change.set(training=training.model_copy(update={"clusters": clusters, "learners": joined}))
-    if sum(not c.is_given_up for c in clusters) < change.project.sla.training_configuration.min_clusters:
+    change.set(training=training.model_copy(update={"learners": joined}))
+    if (
+        sum(not c.is_given_up for c in training.clusters)
+        < change.project.sla.training_configuration.min_clusters
+    ):
         fail(change, failure)
         return
     change.note(

@@ -22,7 +22,7 @@ from flops.core.events import (
 )
 from flops.core.ids import ServiceId
 from flops.core.project import Project, Round, Stage, Training
-from flops.core.rounds import CYCLES, Terms, best_round
+from flops.core.rounds import Terms, best_round, terms_for
 from flops.core.service_moves import learner_ids, packager_id, service_id
 from flops.core.sla import PostTrainingStep
 
@@ -306,7 +306,7 @@ def result(record: Round, learner: str = "learner") -> str:
 
 def terms_of(project: Project) -> Terms:
     """What the project's rounds are called, and those who take part in them."""
-    return CYCLES if project.sla.training_configuration.is_hierarchical else Terms()
+    return terms_for(has_clusters=project.sla.training_configuration.is_hierarchical)
 
 
 def _numbers(record: Round) -> str:

@@ -197,6 +197,7 @@ def learner_specs(
     nodes = _placement(project).learners
     parts, seen = Counter(nodes), Counter[NodeId]()
     constraints = project.sla.resource_constraints
+    wanted = _numbers_in(project, cluster) if cluster else range(1, len(nodes) + 1)
     specs = []
     for number, node_id in enumerate(nodes, start=1):
         config = LearnerConfig(
@@ -210,7 +211,7 @@ def learner_specs(
             load_timeout_s=options.load_timeout_s,
         )
         seen[node_id] += 1
-        if cluster and number not in _numbers_in(project, cluster):
+        if number not in wanted:
             continue
         specs.append(
             ServiceSpec(

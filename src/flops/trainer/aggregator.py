@@ -159,8 +159,9 @@ class Training:
         if checkpoint is not None:
             self._feed.add(self._history)
             if not self._is_over():
-                what = "cycle" if self._config.has_clusters else "round"
-                self._tier.tell(f"Going on after {what} {len(self._history)} of {self._config.rounds}.")
+                self._tier.tell(
+                    f"Going on after {self._round} {len(self._history)} of {self._config.rounds}."
+                )
                 self._tier.await_return()
             return checkpoint.parameters
         target = self._work_dir / "first.npz"
@@ -178,6 +179,11 @@ class Training:
     @property
     def _history(self) -> list[Round]:
         return self._tier.history
+
+    @property
+    def _round(self) -> str:
+        """What a round is called in the middle of a sentence."""
+        return self._tier.terms.round.lower()
 
     def _is_over(self) -> bool:
         return self._reason_to_end() is not None or len(self._history) >= self._config.rounds
@@ -197,8 +203,7 @@ class Training:
                 hint="evaluate_model() must return one of them as a number. NaN often means that training "
                 "diverged: lower its learning rate.",
             )
-        what = "cycle" if self._config.has_clusters else "round"
-        self._tier.tell(f"Saving the model of {what} {best.number}, the best one.")
+        self._tier.tell(f"Saving the model of {self._round} {best.number}, the best one.")
         parameters, folder = self._work_dir / "best.npz", self._work_dir / f"model-{best.number}"
         when_there_is_space(
             lambda: keep_best(self._tier.store.parameters_file(best.number), parameters),

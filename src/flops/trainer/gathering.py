@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from flops.core.rounds import CYCLES, Terms
+from flops.core.rounds import terms_for
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.links import LearnerServer, Loader
 from flops.trainer.loading import GRACE_S
@@ -42,7 +42,7 @@ class Gathering:
         self._config = config
         self._tell = tell
         self._patience_s = max(patience_s, config.round_timeout_s)
-        self._terms = CYCLES if config.has_clusters else Terms()
+        self._terms = terms_for(has_clusters=config.has_clusters)
         self._stuck: dict[str, tuple[str, str]] = {}  # by learner: its node, and how it stands
 
     def wait(self, is_pointless: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Message as FlowerMessage
 
 from flops.core.project import Participant, Round
-from flops.core.rounds import CYCLES, Outcome, Part, Terms, Verdict, describe_part, failure_of, judge
+from flops.core.rounds import Outcome, Part, Verdict, describe_part, failure_of, judge, terms_for
 from flops.errors import ErrorCode
 from flops.trainer.grid import ROWS, Answer, Asked, FlightGrid, reply_with
 from flops.trainer.links import LearnerServer, Link
@@ -86,7 +86,7 @@ class RoundRunner:
         self._grid = FlightGrid(server)
         self._strategy = strategy
         self._config = config
-        self._terms = CYCLES if config.has_clusters else Terms()
+        self._terms = terms_for(has_clusters=config.has_clusters)
         self._tell = tell
         self._on_start = on_start
         self._on_failure = on_failure

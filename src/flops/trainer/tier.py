@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flops.actor import ActorContext, EventLog
 from flops.core.project import Round
-from flops.core.rounds import CYCLES, Part, Terms, has_numbers
+from flops.core.rounds import Part, has_numbers, terms_for
 from flops.durable_file import write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.checkpoint import Checkpoint, CheckpointStore
@@ -44,6 +44,7 @@ class Tier:
         history: finished rounds, those of earlier starts included once they are restored.
         store: the checkpoints.
         server: where learners are joined.
+        terms: what rounds and learners are called here.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Tier:
         self._context = context
         self._config = config
         self._events = events
-        self._terms = CYCLES if config.has_clusters else Terms()
+        self.terms = terms_for(has_clusters=config.has_clusters)
         self._work_dir = Path(context.work_dir)
         self._strategy = RoundStrategy(config.strategy)
         self.history: list[Round] = []
@@ -105,13 +106,13 @@ class Tier:
         self.history.append(finished.record)
         when_there_is_space(
             lambda: self.store.save(finished.parameters, self._strategy.state(), self.history, origin),
-            f"Saving {self._terms.round.lower()} {number}",
+            f"Saving {self.terms.round.lower()} {number}",
             tell=self.tell,
             patience_s=DISK_PATIENCE_S,
         )
         self._tell_completed(finished.record)
         if not has_numbers(finished.record) and finished.evaluated_rows:
-            self.tell(f"{self._terms.round} {number} has no finite accuracy or loss; it cannot be the best.")
+            self.tell(f"{self.terms.round} {number} has no finite accuracy or loss; it cannot be the best.")
         return finished
 
     def tell(self, message: str) -> None:
