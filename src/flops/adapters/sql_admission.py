@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqlalchemy import delete, select
+from sqlalchemy import Connection, delete, select
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -65,18 +65,7 @@ class SqlAdmissionStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = SqliteFile(path, "cluster")
-        try:
-            with self._file.transaction() as connection:
-                _Table.metadata.create_all(connection)
-                connection.execute(
-                    insert(_SchemaRow).values(id=1, version=SCHEMA_VERSION).on_conflict_do_nothing()
-                )
-                version = connection.execute(select(_SchemaRow.version)).scalar_one()
-            self._file.check_version(version, SCHEMA_VERSION)
-        except BaseException:
-            self.close()
-            raise
+        self._file = SqliteFile(path, "cluster", _prepare, SCHEMA_VERSION)
 
     def close(self) -> None:
         """Close the file."""
@@ -146,6 +135,13 @@ class SqlAdmissionStore:
         with self._file.transaction() as connection:
             connection.execute(delete(_UseRow).where(_UseRow.invitation_id.in_(old)))
             connection.execute(delete(_InvitationRow).where(_InvitationRow.expires_at_s < before_s))
+
+
+def _prepare(connection: Connection) -> int:
+    _Table.metadata.create_all(connection)
+    first = insert(_SchemaRow).values(id=1, version=SCHEMA_VERSION)
+    connection.execute(first.on_conflict_do_nothing())
+    return connection.execute(select(_SchemaRow.version)).scalar_one()
 
 
 def _row(certificate: NodeCertificate) -> dict[str, object]:

@@ -76,13 +76,7 @@ class SqlClusterStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = SqliteFile(path, "cluster")
-        try:
-            with self._file.transaction() as connection:
-                self._prepare(connection)
-        except BaseException:
-            self.close()
-            raise
+        self._file = SqliteFile(path, "cluster", _prepare, SCHEMA_VERSION)
 
     def close(self) -> None:
         """Close the file."""
@@ -175,16 +169,17 @@ class SqlClusterStore:
             gone = delete(_EventRow).where(_EventRow.seq.in_(oldest.scalar_subquery()))
             return connection.execute(gone).rowcount
 
-    def _prepare(self, connection: Connection) -> None:
-        _Table.metadata.create_all(connection)
-        first = insert(_SchemaRow).values(id=1, version=SCHEMA_VERSION).on_conflict_do_nothing()
-        connection.execute(first)
-        version = connection.execute(select(_SchemaRow.version)).scalar_one()
-        if version == 1:
-            _read_lines_from_events(connection)
-            connection.execute(update(_SchemaRow).values(version=SCHEMA_VERSION))
-            version = SCHEMA_VERSION
-        self._file.check_version(version, SCHEMA_VERSION)
+
+def _prepare(connection: Connection) -> int:
+    _Table.metadata.create_all(connection)
+    first = insert(_SchemaRow).values(id=1, version=SCHEMA_VERSION).on_conflict_do_nothing()
+    connection.execute(first)
+    version = connection.execute(select(_SchemaRow.version)).scalar_one()
+    if version == 1:
+        _read_lines_from_events(connection)
+        connection.execute(update(_SchemaRow).values(version=SCHEMA_VERSION))
+        version = SCHEMA_VERSION
+    return version
 
 
 def _read_lines_from_events(connection: Connection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,14 @@ class SqliteFile:
     Args:
         path: the database's file; it is created when it does not exist.
         owner: whose it is, for errors: "manager", "cluster".
+        prepare: makes the tables that are missing, and brings older ones up; returns the schema's version.
+        version: the one that is needed.
+
+    Raises:
+        FlopsError: ``conflict`` when another version of FLOps wrote the file, ``disk_full``, ``internal``.
     """
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self, path: Path, owner: str, prepare: Callable[[Connection], int], version: int) -> None:
         self._path = path
         self._owner = owner
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +49,13 @@ class SqliteFile:
             for pragma in _PRAGMAS:
                 cursor.execute(f"PRAGMA {pragma}")
             cursor.close()
+
+        try:
+            with self.transaction() as connection:
+                self._check_version(prepare(connection), version)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -71,12 +83,8 @@ class SqliteFile:
                 f"The {self._owner}'s database {self._path} cannot be used: {reason}.",
             ) from exc
 
-    def check_version(self, found: int, known: int) -> None:
-        """Refuse a file that another FLOps wrote.
-
-        Raises:
-            FlopsError: ``conflict``.
-        """
+    def _check_version(self, found: int, known: int) -> None:
+        """Refuse a file that another FLOps wrote."""
         if found != known:
             raise FlopsError(
                 ErrorCode.CONFLICT,

@@ -93,13 +93,7 @@ class SqlProjectStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = SqliteFile(path, "manager")
-        try:
-            with self._file.transaction() as connection:
-                self._prepare(connection)
-        except BaseException:
-            self.close()
-            raise
+        self._file = SqliteFile(path, "manager", _prepare, SCHEMA_VERSION)
 
     def close(self) -> None:
         """Close the file."""
@@ -236,13 +230,6 @@ class SqlProjectStore:
             for table in tables:
                 connection.execute(delete(table))
 
-    def _prepare(self, connection: Connection) -> None:
-        _Table.metadata.create_all(connection)
-        first = insert(_StateRow).values(id=1, schema_version=SCHEMA_VERSION, cursor=0)
-        connection.execute(first.on_conflict_do_nothing())
-        version = connection.execute(select(_StateRow.schema_version)).scalar_one()
-        self._file.check_version(version, SCHEMA_VERSION)
-
     def _documents(self, query: Any) -> list[str]:
         with self._file.transaction() as connection:
             return list(connection.execute(query).scalars())
@@ -261,6 +248,13 @@ class SqlProjectStore:
                     index_elements=[key_column], set_={"document": statement.excluded.document}
                 )
             )
+
+
+def _prepare(connection: Connection) -> int:
+    _Table.metadata.create_all(connection)
+    first = insert(_StateRow).values(id=1, schema_version=SCHEMA_VERSION, cursor=0)
+    connection.execute(first.on_conflict_do_nothing())
+    return connection.execute(select(_StateRow.schema_version)).scalar_one()
 
 
 def _columns(project: Project) -> dict[str, Any]:
