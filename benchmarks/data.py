@@ -9,10 +9,7 @@ current one, so that it is a disk and no memory.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,38 +25,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from harness import Figure, Report, alternate, arguments, timed
 
-from flops.data import DataClient
-from flops.testing.waiting import until
+from flops.testing.data_server import ServerProcess
 
 MB = 1_000_000
 COLUMNS = 64
 DEVICES = 8  # that send at once, when uploads are small
 
 
-class Server:
-    """A data server as a process, in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        argv = [sys.executable, "-m", "flops.wiring", "data-server", "--dir", str(folder), "--port", "0"]
-        self.process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+class Server(ServerProcess):
+    """A data server that is measured, for as long as a block runs."""
 
     def __enter__(self) -> Self:
-        until((self.folder / "endpoint.json").exists, timeout_s=60)
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.close()
 
-    def client(self) -> DataClient:
-        """A client with the server's own token."""
-        endpoint = json.loads((self.folder / "endpoint.json").read_text())
-        return DataClient(
-            f"{endpoint['host']}:{endpoint['port']}", (self.folder / "token").read_text().strip()
-        )
-
-    def files(self, tag: str) -> list[Path]:
+    def fragments(self, tag: str) -> list[Path]:
         """A tag's fragments."""
         return sorted(self.folder.glob(f"tags/{tag}/*.parquet"))
 
@@ -67,7 +50,7 @@ class Server:
     def peak_memory(self) -> Iterator[list[float]]:
         """The most memory the server has of its own while the block runs, in MB, when it is done."""
         found: list[float] = []
-        process = psutil.Process(self.process.pid)
+        process = psutil.Process(self.pid)
         is_done = False
 
         def watch() -> float:
@@ -130,7 +113,7 @@ def measure_ingest(
     tags = iter(f"t{number}" for number in range(runs))
     with Server(folder / name.replace(" ", "-").replace(",", "")) as server:
         ingest(server, tables, "first", at_once)  # pays for imports, and says how large the fragments are
-        files = server.files("first")
+        files = server.fragments("first")
         written = sum(file.stat().st_size for file in files)
         works: dict[str, Callable[[], float]] = {
             "flops": lambda: ingest(server, tables, next(tags), at_once),
@@ -154,7 +137,7 @@ def measure_reading(report: Report, folder: Path, table: pa.Table, parts: int, r
             assert pa.Table.from_batches(batches, schema).num_rows == table.num_rows
 
         def plain() -> None:
-            found = pa.concat_tables(pq.read_table(file) for file in server.files("t"))
+            found = pa.concat_tables(pq.read_table(file) for file in server.fragments("t"))
             assert found.num_rows == table.num_rows
 
         read()

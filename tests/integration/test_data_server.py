@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -22,45 +21,11 @@ from pyarrow import flight
 from flops.data import DataClient
 from flops.errors import ErrorCode, FlopsError
 from flops.testing import waiting
+from flops.testing.data_server import DEADLINE_S, ServerProcess
 from flops.testing.network import missing_for_networks, network
 from flops.wire.flight import Right, Scope, bearer, criteria_for, mint_token, parse_error
 
-DEADLINE_S = 20.0
 TABLE = pa.table({"n": range(1_000), "s": ["x"] * 1_000})
-
-
-class ServerProcess:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *options: str) -> None:
-        (self.folder / "endpoint.json").unlink(missing_ok=True)
-        argv = [sys.executable, "-m", "flops.wiring", "data-server", "--dir", str(self.folder), "--port", "0"]
-        self._process = subprocess.Popen([*argv, *options], stderr=subprocess.DEVNULL)
-        until(lambda: (self.folder / "endpoint.json").exists())
-
-    @property
-    def address(self) -> str:
-        endpoint = json.loads((self.folder / "endpoint.json").read_text())
-        return f"{endpoint['host']}:{endpoint['port']}"
-
-    @property
-    def token(self) -> str:
-        return (self.folder / "token").read_text().strip()
-
-    def client(self, token: str | None = None) -> DataClient:
-        return DataClient(self.address, token or self.token)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        assert self._process is not None
-        self._process.send_signal(number)
-        return self._process.wait(DEADLINE_S)
-
-    def files(self) -> list[str]:
-        return [path.name for path in self.folder.glob("*/*") if path.parent.name == "incoming"] + [
-            path.name for path in self.folder.glob("tags/*/*")
-        ]
 
 
 until = functools.partial(waiting.until, timeout_s=DEADLINE_S)
@@ -71,8 +36,7 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
     process = ServerProcess(tmp_path / "dataserver")
     process.start()
     yield process
-    if process._process is not None and process._process.poll() is None:
-        process.end(signal.SIGKILL)
+    process.close()
 
 
 def plain(
@@ -349,8 +313,7 @@ def test_a_large_upload_is_not_held_in_memory(server: ServerProcess) -> None:
     import psutil
 
     batch = pa.record_batch({"x": np.random.default_rng(1).random(4_000_000)})  # 32 MB
-    pid = json.loads((server.folder / "endpoint.json").read_text())["pid"]
-    process = psutil.Process(pid)
+    process = psutil.Process(server.pid)
     before = process.memory_info().rss
     reader = pa.RecordBatchReader.from_batches(batch.schema, iter([batch] * 16))
     with server.client() as client:
@@ -363,7 +326,6 @@ def test_a_large_upload_is_not_held_in_memory(server: ServerProcess) -> None:
 def test_memory_does_not_grow_with_what_is_read(server: ServerProcess) -> None:
     import psutil
 
-    pid = json.loads((server.folder / "endpoint.json").read_text())["pid"]
     with server.client() as client:
         client.push(pa.table({"x": np.random.default_rng(1).random(1_000_000)}), "t")  # 8 MB
 
@@ -371,7 +333,7 @@ def test_memory_does_not_grow_with_what_is_read(server: ServerProcess) -> None:
             for _ in range(times):
                 _, batches = client.stream("t")
                 assert sum(batch.num_rows for batch in batches) == 1_000_000
-            return psutil.Process(pid).memory_info().rss
+            return psutil.Process(server.pid).memory_info().rss
 
         before = read(20)  # what the allocator keeps is there by now
         assert read(100) - before < 64_000_000
