@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from flops.core.cluster import (
     CONTAINER_RUNTIME,
@@ -13,7 +13,9 @@ from flops.core.cluster import (
     Node,
     Resources,
 )
+from flops.core.data_schemas import common_schema, schema_obstacle
 from flops.core.ids import NodeId
+from flops.core.node_paces import pace_step
 from flops.core.platforms import Platform
 from flops.core.project import ClusterPlacement, Placement
 from flops.core.sla import Packaging, PostTrainingStep, ProjectSla, ResourceConstraints
@@ -28,7 +30,9 @@ AGGREGATOR_BASE_MEMORY_MB = 1536
 
 _PLATFORMS = {name: p.value for p in Platform for name in (p.machine, p.architecture)}
 
-_Obstacle = Callable[[Node], str]  # why a node cannot take something, "" if it can
+NO_PACES: Mapping[str, float] = {}
+
+Obstacle = Callable[[Node], str]  # why a node cannot take something, "" if it can
 
 
 def learner_resources(constraints: ResourceConstraints) -> Resources:
@@ -41,43 +45,60 @@ def aggregator_resources(constraints: ResourceConstraints) -> Resources:
     return Resources(memory_mb=constraints.memory + AGGREGATOR_BASE_MEMORY_MB, vcpus=constraints.vcpus)
 
 
-def place_project(sla: ProjectSla, nodes: Sequence[Node], needs_build: bool) -> Placement:
+def place_project(
+    sla: ProjectSla, nodes: Sequence[Node], needs_build: bool, paces: Mapping[str, float] = NO_PACES
+) -> Placement:
     """Choose the nodes of a project; the same arguments give the same answer.
 
-    Learners are spread over capable nodes, powerful ones first, and doubled up only when there are more
-    learners than capable nodes (docs/adr/0005-learners-per-node.md).
+    Learners are spread over capable nodes, fast and powerful ones first, and doubled up only when there are
+    more learners than capable nodes (docs/adr/0005-learners-per-node.md).
 
     Args:
         sla: what is asked for.
         nodes: all nodes of the cluster, connected or not.
         needs_build: whether a builder is needed.
+        paces: of nodes by name, as `flops.core.node_paces` measures them.
 
     Raises:
         FlopsError: ``placement_impossible``: which condition failed on which node.
     """
-    powerful_first = sorted(nodes, key=_rank)
-    clusters: tuple[ClusterPlacement, ...] = ()
-    left_out: dict[str, str] = {}
-    if sla.training_configuration.is_hierarchical:
-        clusters, left_out = _place_clusters(sla, powerful_first)
-        learners = tuple(node for cluster in clusters for node in cluster.learners)
-    else:
-        learners = _place_learners(sla, powerful_first)
-    aggregator = _first_capable("the aggregator", powerful_first, _host_obstacle(sla, aggregator_resources))
-    builder = None
-    if needs_build:
-        builder = place_builder(powerful_first)
-    inference = (
-        place_inference(sla, nodes) if PostTrainingStep.DEPLOY_IMAGE in sla.post_training_steps else None
-    )
+    clusters, left_out, learners = place_training(sla, nodes, paces)
+    serves = PostTrainingStep.DEPLOY_IMAGE in sla.post_training_steps
     return Placement(
-        aggregator=aggregator,
+        aggregator=place_aggregator(sla, nodes),
         learners=learners,
-        builder=builder,
-        inference=inference,
+        builder=place_builder(nodes) if needs_build else None,
+        inference=place_inference(sla, nodes) if serves else None,
         clusters=clusters,
         left_out=left_out,
     )
+
+
+def place_training(
+    sla: ProjectSla, nodes: Sequence[Node], paces: Mapping[str, float] = NO_PACES
+) -> tuple[tuple[ClusterPlacement, ...], dict[str, str], tuple[NodeId, ...]]:
+    """Choose the nodes of the learners, in a hierarchical training those of clusters' aggregators, too.
+
+    Returns:
+        The clusters, none if it is not hierarchical; the clusters that are left out, and why; the learners.
+
+    Raises:
+        FlopsError: ``placement_impossible``.
+    """
+    ranked = sorted(nodes, key=lambda node: (pace_step(paces, node.name), _rank(node)))
+    if not sla.training_configuration.is_hierarchical:
+        return (), {}, _place_learners(sla, ranked, learner_obstacle(sla, nodes))
+    clusters, left_out = _place_clusters(sla, ranked)
+    return clusters, left_out, tuple(node for cluster in clusters for node in cluster.learners)
+
+
+def place_aggregator(sla: ProjectSla, nodes: Sequence[Node]) -> NodeId:
+    """Choose the node of the aggregator, in a hierarchical training of the root.
+
+    Raises:
+        FlopsError: ``placement_impossible``.
+    """
+    return _first_capable("the aggregator", sorted(nodes, key=_rank), aggregator_obstacle(sla))
 
 
 def place_builder(nodes: Sequence[Node]) -> NodeId:
@@ -86,7 +107,7 @@ def place_builder(nodes: Sequence[Node]) -> NodeId:
     Raises:
         FlopsError: ``placement_impossible``.
     """
-    return _first_capable("the image builder", sorted(nodes, key=_rank), _builder_obstacle)
+    return _first_capable("the image builder", sorted(nodes, key=_rank), builder_obstacle)
 
 
 def place_inference(sla: ProjectSla, nodes: Sequence[Node], *, preferred: NodeId | None = None) -> NodeId:
@@ -96,7 +117,7 @@ def place_inference(sla: ProjectSla, nodes: Sequence[Node], *, preferred: NodeId
         FlopsError: ``placement_impossible``.
     """
     order = sorted(nodes, key=lambda node: (node.id != preferred, _rank(node)))
-    return _first_capable("the inference service", order, _host_obstacle(sla, learner_resources))
+    return _first_capable("the inference service", order, inference_obstacle(sla))
 
 
 def place_mock_providers(nodes: Sequence[Node], wanted: int | None) -> tuple[Node, ...]:
@@ -122,17 +143,16 @@ def _place_clusters(
     sla: ProjectSla, nodes: Sequence[Node]
 ) -> tuple[tuple[ClusterPlacement, ...], dict[str, str]]:
     """The clusters that can take part, by name; and why each other one can not."""
-    host = _host_obstacle(sla, aggregator_resources)
+    host, learner = aggregator_obstacle(sla), learner_obstacle(sla, nodes)
     placed: list[ClusterPlacement] = []
     left_out: dict[str, str] = {}
     refusal: FlopsError | None = None
     for name in sorted({node.cluster for node in nodes}):
         own = [node for node in nodes if node.cluster == name]
         try:
-            aggregator = _first_capable("a cluster's aggregator", own, host)
-            placed.append(
-                ClusterPlacement(name=name, aggregator=aggregator, learners=_place_learners(sla, own))
-            )
+            aggregator = _first_capable("a cluster's aggregator", sorted(own, key=_rank), host)
+            learners = _place_learners(sla, own, learner)
+            placed.append(ClusterPlacement(name=name, aggregator=aggregator, learners=learners))
         except FlopsError as exc:
             left_out[name], refusal = exc.message, exc
     needed = sla.training_configuration.min_clusters
@@ -141,7 +161,7 @@ def _place_clusters(
     if refusal is not None and len(left_out) == 1 and needed == 1:
         raise refusal
     if not nodes:
-        _place_learners(sla, nodes)  # says that there is none
+        _place_learners(sla, nodes, learner)  # says that there is none
     problems = [{"cluster": name, "problem": why} for name, why in left_out.items()]
     reasons = "".join(f"; {name}: {why.rstrip('.')}" for name, why in left_out.items())
     raise FlopsError(
@@ -152,9 +172,8 @@ def _place_clusters(
     )
 
 
-def _place_learners(sla: ProjectSla, nodes: Sequence[Node]) -> tuple[NodeId, ...]:
+def _place_learners(sla: ProjectSla, nodes: Sequence[Node], obstacle: Obstacle) -> tuple[NodeId, ...]:
     wanted = sla.training_configuration.min_available_clients
-    obstacle = _learner_obstacle(sla)
     room = {node.id: _learner_room(sla, node) for node in nodes if not obstacle(node)}
     what = f"{wanted} learner{'s' if wanted > 1 else ''} asked (min_available_clients)"
     taken: Counter[NodeId] = Counter()
@@ -163,7 +182,7 @@ def _place_learners(sla: ProjectSla, nodes: Sequence[Node]) -> tuple[NodeId, ...
         free = [node_id for node_id in room if taken[node_id] < room[node_id]]
         if not free:
             raise _impossible(what, nodes, lambda node: obstacle(node) or _full(room[node.id]), len(chosen))
-        spread = min(free, key=lambda node_id: taken[node_id])  # of equal ones the most powerful
+        spread = min(free, key=lambda node_id: taken[node_id])  # of equal ones the first
         taken[spread] += 1
         chosen.append(spread)
     return tuple(chosen)
@@ -179,17 +198,23 @@ def _learner_room(sla: ProjectSla, node: Node) -> int:
     return min(rows, node.facts.memory_mb // _memory_mb(learner_resources(sla.resource_constraints)))
 
 
-def _first_capable(what: str, nodes: Sequence[Node], obstacle: _Obstacle) -> NodeId:
+def _first_capable(what: str, nodes: Sequence[Node], obstacle: Obstacle) -> NodeId:
     for node in nodes:
         if not obstacle(node):
             return node.id
     raise _impossible(f"A node is needed for {what}", nodes, obstacle, 0)
 
 
-def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
+def learner_obstacle(sla: ProjectSla, nodes: Sequence[Node]) -> Obstacle:
+    """Why a node can take no learner.
+
+    Args:
+        sla: what is asked for.
+        nodes: all nodes; what most of the capable ones have decides which columns the data have.
+    """
     tags = sla.training_configuration.data_tags
 
-    def obstacle(node: Node) -> str:
+    def own_obstacle(node: Node) -> str:
         return (
             _addon_obstacle(node, LEARNER_ADDON)
             or _rows_obstacle(node, tags)
@@ -198,18 +223,29 @@ def _learner_obstacle(sla: ProjectSla) -> _Obstacle:
             or _gpu_obstacle(node, sla.resource_constraints.vgpus)
         )
 
-    return obstacle
+    schema = common_schema((node for node in nodes if not own_obstacle(node)), tags)
+    return lambda node: own_obstacle(node) or schema_obstacle(node, tags, schema)
 
 
-def _host_obstacle(sla: ProjectSla, resources_of: Callable[[ResourceConstraints], Resources]) -> _Obstacle:
-    resources = resources_of(sla.resource_constraints)
+def aggregator_obstacle(sla: ProjectSla) -> Obstacle:
+    """Why a node can take no aggregator."""
+    return _host_obstacle(sla, aggregator_resources(sla.resource_constraints))
+
+
+def inference_obstacle(sla: ProjectSla) -> Obstacle:
+    """Why a node can take no inference service."""
+    return _host_obstacle(sla, learner_resources(sla.resource_constraints))
+
+
+def builder_obstacle(node: Node) -> str:
+    """Why a node can take no builder."""
+    return _addon_obstacle(node, IMAGE_BUILDER_ADDON)
+
+
+def _host_obstacle(sla: ProjectSla, resources: Resources) -> Obstacle:
     return lambda node: (
         _away(node) or _runtime_obstacle(node, sla) or _resource_obstacle(node, sla, resources)
     )
-
-
-def _builder_obstacle(node: Node) -> str:
-    return _addon_obstacle(node, IMAGE_BUILDER_ADDON)
 
 
 def _away(node: Node) -> str:
@@ -281,7 +317,7 @@ def _rank(node: Node) -> tuple[int, int, int, str]:
     return (-len(facts.gpus), -facts.cpu_cores, -facts.memory_mb, f"{node.name}/{node.id}")
 
 
-def _impossible(what: str, nodes: Sequence[Node], obstacle: _Obstacle, possible: int) -> FlopsError:
+def _impossible(what: str, nodes: Sequence[Node], obstacle: Obstacle, possible: int) -> FlopsError:
     problems = [{"node": node.name, "problem": obstacle(node)} for node in nodes]
     problems = [entry for entry in problems if entry["problem"]]
     if not nodes:

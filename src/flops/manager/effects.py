@@ -51,6 +51,7 @@ class EffectRunner:
         blobs: bundles and locks.
         options: the engine's options.
         tracker: the record of experiments, whose runs end with their projects; None leaves them.
+        paces: tells how fast nodes have trained, by name.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class EffectRunner:
         blobs: Blobs,
         options: EngineOptions,
         tracker: Tracker | None,
+        paces: Callable[[], Mapping[str, float]],
     ) -> None:
         self._store = store
         self._orchestrator = orchestrator
@@ -68,6 +70,7 @@ class EffectRunner:
         self._blobs = blobs
         self._options = options
         self._tracker = tracker
+        self._paces = paces
         self._actions: Mapping[EffectKind, Callable[[Project, Effect], LifecycleEvent | None]] = {
             EffectKind.RESOLVE_REPOSITORY: self._resolve_repository,
             EffectKind.DECIDE_PLACEMENT: self._decide_placement,
@@ -123,7 +126,7 @@ class EffectRunner:
 
     def _decide_placement(self, project: Project, _effect: Effect) -> LifecycleEvent:
         nodes = self._orchestrator.nodes()
-        placement = place_project(project.sla, nodes, needs_build=project.needs_build)
+        placement = place_project(project.sla, nodes, project.needs_build, self._paces())
         chosen = {placement.aggregator, placement.builder, placement.inference, *placement.learners}
         chosen |= {cluster.aggregator for cluster in placement.clusters}
         names = {str(node.id): node.name for node in nodes if node.id in chosen}

@@ -20,6 +20,7 @@ from flops.core.events import (
     DeleteRequested,
     EnvironmentLocked,
     LifecycleEvent,
+    RoundCompleted,
     StepFailed,
     StopRequested,
     Submitted,
@@ -28,6 +29,7 @@ from flops.core.health import ExaminedNode, examine_nodes
 from flops.core.ids import ProjectId, ServiceId
 from flops.core.lifecycle import IllegalTransitionError, Step, new_project, step
 from flops.core.mock_progress import RUNNING
+from flops.core.node_paces import NodePaces
 from flops.core.output import Output
 from flops.core.project import Failure, MockData, Project, ProjectEvent, Stage
 from flops.core.sla import MockDataSla, ProjectSla
@@ -83,7 +85,8 @@ class Engine:
         self._lock = threading.RLock()
         self._listeners: list[Callable[[ProjectId], None]] = []
         self._recovered: set[str] = set()
-        self._runner = EffectRunner(store, orchestrator, repos, blobs, options, tracker)
+        self._paces = NodePaces()  # told by the rounds that projects keep
+        self._runner = EffectRunner(store, orchestrator, repos, blobs, options, tracker, self.node_paces)
         self._executor = EffectExecutor(self._perform, options.workers)
         self._mock_data = MockDataProviders(store, orchestrator, blobs, clock)
         self.deployments = ModelDeployments(store, orchestrator, blobs, clock, options)
@@ -93,6 +96,9 @@ class Engine:
     def start(self) -> None:
         """Go on where the last process stopped: run what is pending, then take in what happened since."""
         self._remove_orphans()
+        for project in reversed(self._store.all()):
+            for record in project.training.history if project.training else ():
+                self._paces.take_in(record)
         pending = self._store.pending_effects()
         self._recovered = {effect.key for effect in pending}
         self._executor.submit(pending)
@@ -199,6 +205,11 @@ class Engine:
     def nodes(self) -> list[Node]:
         """All nodes of the cluster."""
         return self._orchestrator.nodes()
+
+    def node_paces(self) -> dict[str, float]:
+        """How fast nodes have trained, by name; see `NodePaces`."""
+        with self._lock:
+            return self._paces.all()
 
     def examined_nodes(self) -> list[ExaminedNode]:
         """All nodes of the cluster, each with its health."""
@@ -347,6 +358,8 @@ class Engine:
             if isinstance(event, EnvironmentLocked):
                 self._store.put_environment(event.environment)
             self._store.save(result.project, result.history, result.effects, cursor=cursor)
+            if isinstance(event, RoundCompleted):
+                self._paces.take_in(event.record)
             self._executor.submit(result.effects)
         self._log_step(result)
         self._tell(project_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,12 @@ def node_with(
         data_tags=(DataTag(name=tag, rows=rows, size_bytes=rows * 10),) if rows else (),
         is_connected=is_connected,
     )
+
+
+def with_columns(node: Node, columns: Mapping[str, str]) -> Node:
+    """The node, with these columns under each of its tags."""
+    tags = tuple(tag.model_copy(update={"columns": dict(columns)}) for tag in node.data_tags)
+    return node.model_copy(update={"data_tags": tags})
 
 
 def raw_sla(**training: Any) -> dict[str, Any]:

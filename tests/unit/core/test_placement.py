@@ -18,7 +18,7 @@ from flops.core.placement import (
 )
 from flops.core.sla import Packaging, ResourceConstraints
 from flops.errors import ErrorCode, FlopsError
-from flops.testing.projects import node_with, sla_with
+from flops.testing.projects import node_with, sla_with, with_columns
 
 BOTH = (LEARNER_ADDON, IMAGE_BUILDER_ADDON)
 
@@ -168,6 +168,43 @@ def test_the_inference_service_stays_where_it_was_planned_while_it_can() -> None
     assert place_inference(sla_with(), nodes, preferred=nodes[1].id) == "id-planned"
     gone = [nodes[0], nodes[1].model_copy(update={"is_connected": False})]
     assert place_inference(sla_with(), gone, preferred=nodes[1].id) == "id-strong"
+
+
+def test_nodes_whose_columns_differ_from_those_of_most_are_passed_over() -> None:
+    columns = {"image": "binary", "label": "int64"}
+    nodes = [
+        with_columns(
+            node_with("strong", cores=64, rows=10_000), {"image": "binary", "label": "string", "x": "int8"}
+        ),
+        with_columns(node_with("a"), columns),
+        with_columns(node_with("b"), {"label": "int64", "image": "large_binary"}),
+        node_with("untold"),
+    ]
+    placement = place_project(sla_with(min_available_clients=3), nodes, needs_build=False)
+    assert set(placement.learners) == {"id-a", "id-b", "id-untold"}
+    error = refusal(sla_with(min_available_clients=800), nodes, needs_build=False)
+    told = "strong: its rows tagged 'mnist' differ from those of other nodes: "
+    assert f"{told}column 'label' is string instead of int64, column 'x' is only here" in error.message
+    fewer = [nodes[0], with_columns(node_with("c", rows=10), {"image": "binary"})]
+    # Of as many nodes each, those with more rows decide.
+    assert set(place_project(sla_with(), fewer, needs_build=False).learners) == {"id-strong"}
+
+
+def test_a_node_that_cannot_take_a_learner_does_not_decide_about_columns() -> None:
+    odd = {"x": "double"}
+    away = [with_columns(node_with(name, is_connected=False), odd) for name in ("away", "gone")]
+    nodes = [*away, with_columns(node_with("here"), {"y": "double"})]
+    assert set(place_project(sla_with(), nodes, needs_build=False).learners) == {"id-here"}
+
+
+def test_nodes_that_were_faster_in_earlier_rounds_come_first() -> None:
+    nodes = [node_with("big", cores=64), node_with("quick"), node_with("new"), node_with("usual")]
+    paces = {"big": 2.0, "quick": 0.5, "usual": 1.1}
+    placement = place_project(sla_with(), nodes, False, paces)
+    assert placement.learners == ("id-quick", "id-new")  # 1.1 is no difference that counts: the name decides
+    assert placement.aggregator == "id-big"
+    spread = place_project(sla_with(min_available_clients=5), nodes, False, paces).learners
+    assert Counter(spread) == {"id-quick": 2, "id-new": 1, "id-usual": 1, "id-big": 1}
 
 
 def test_mock_data_goes_to_all_or_some_learner_nodes() -> None:
