@@ -48,6 +48,26 @@ def create(
     print_data({"project_id": project_id, "project": ended}, output_format, lambda: None)
 
 
+@project.command()
+def plan(
+    sla: Annotated[Path, typer.Argument(help="JSON file with the project's SLA.")],
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
+    """Show where a project would run, and why, without starting anything; the repository is not looked at."""
+    from flops.cli.plan_view import show_plan
+    from flops.core.plan import ProjectPlan
+    from flops.core.sla import parse_project_sla
+
+    content = read_sla(sla)
+    parse_project_sla(content)
+    with connected() as api:
+        found = api.post("/projects/plan", ProjectPlan, content)
+    if output_format is OutputFormat.TABLE:
+        show_plan(found)
+    found.check()
+    print_data(found, output_format, lambda: None)
+
+
 @project.command("list")
 def list_projects(output_format: FormatOption = OutputFormat.TABLE) -> None:
     """List all projects, newest first."""

@@ -31,6 +31,7 @@ from flops.core.lifecycle import IllegalTransitionError, Step, new_project, step
 from flops.core.mock_progress import RUNNING
 from flops.core.node_paces import NodePaces
 from flops.core.output import Output
+from flops.core.plan import ProjectPlan, plan_project
 from flops.core.project import Failure, MockData, Project, ProjectEvent, Stage
 from flops.core.sla import MockDataSla, ProjectSla
 from flops.deployment_ports import ManagerStore
@@ -118,8 +119,7 @@ class Engine:
 
     def submit(self, sla: ProjectSla) -> Project:
         """Accept a project."""
-        if sla.packaging is None:  # settled now: another default later changes no project
-            sla = sla.model_copy(update={"packaging": self._options.packaging})
+        sla = self._with_packaging(sla)  # settled now: another default later changes no project
         now_s = self._clock.now_s()
         project_id = ProjectId(secrets.token_hex(6))
         first = step(new_project(project_id, sla, now_s), Submitted(), now_s)
@@ -127,6 +127,13 @@ class Engine:
         self._executor.submit(first.effects)
         self._tell(project_id)
         return first.project
+
+    def plan(self, sla: ProjectSla) -> ProjectPlan:
+        """What placement would decide about a project now; nothing is started or stored."""
+        knows = bool(self._store.environments())
+        return plan_project(
+            self._with_packaging(sla), self.nodes(), self.node_paces(), knows_environments=knows
+        )
 
     def stop(self, project_id: ProjectId) -> Project:
         """Have a project stopped; nothing happens to one that has ended, but a served model is taken down.
@@ -364,6 +371,9 @@ class Engine:
         self._log_step(result)
         self._tell(project_id)
         return result.project
+
+    def _with_packaging(self, sla: ProjectSla) -> ProjectSla:
+        return sla if sla.packaging else sla.model_copy(update={"packaging": self._options.packaging})
 
     def _recent(self, project_id: ProjectId) -> list[ProjectEvent]:
         return self._store.history(project_id)[-10:]

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from flops.core.cluster import Service
 from flops.core.deployment import Deployment
 from flops.core.ids import ProjectId
+from flops.core.plan import ProjectPlan
 from flops.core.project import Project
 from flops.core.sla import MockDataSla, ProjectSla, parse_mock_data_sla, parse_project_sla
 from flops.errors import ErrorCode, FlopsError
@@ -89,6 +90,11 @@ def _add_projects(router: APIRouter, engine: Engine) -> None:
     def create_project(sla: JsonObject) -> ProjectCreated:
         """Start a project. Nothing starts when the SLA is invalid."""
         return ProjectCreated(project_id=engine.submit(parse_project_sla(sla)).id)
+
+    @router.post("/projects/plan", tags=["projects"], openapi_extra=_json_body(_SLA_BODY))
+    def plan_project(sla: JsonObject) -> ProjectPlan:
+        """What placement would decide about a project now, and why. Nothing is started or stored."""
+        return engine.plan(parse_project_sla(sla))
 
     @router.get("/projects", tags=["projects"])
     def list_projects() -> ProjectList:

@@ -5,6 +5,7 @@
 | GET / | | `Message` ("ok") |
 | GET /api/flops/status | | `ControlStatus` |
 | POST /api/flops/projects | project SLA | `ProjectCreated` |
+| POST /api/flops/projects/plan | project SLA | `ProjectPlan` |
 | GET /api/flops/projects | | `ProjectList` |
 | GET /api/flops/projects/{id} | | `Project` |
 | GET /api/flops/projects/{id}/events?after=N&follow=true | | server-sent events, each a `ProjectEvent` |

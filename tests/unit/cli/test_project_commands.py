@@ -72,6 +72,35 @@ def test_create_in_json(flops: Flops, tmp_path: Path) -> None:
     assert len(outcome.data["project_id"]) == 12
 
 
+def test_plan_shows_where_a_project_would_run_and_starts_nothing(
+    flops: Flops, manager: Manager, tmp_path: Path
+) -> None:
+    outcome = flops("project", "plan", write_sla(tmp_path))
+    assert outcome.exit_code == 0, outcome.err
+    alpha, beta = outcome.out.splitlines()[1:3]
+    assert alpha.split() == ["alpha", "100", "learner,", "aggregator,", "builder,", "inference", "service"]
+    assert beta.split()[:3] == ["beta", "100", "learner"]
+    assert "builder: addon image-builder is off" in beta
+    assert "The project can be placed" in outcome.err
+    assert flops("project", "plan", write_sla(tmp_path), "--format", "json").data["problems"] == []
+    assert manager.cluster.engine.projects() == []
+    assert manager.cluster.orchestrator.services() == []
+
+
+def test_plan_of_an_impossible_project_shows_every_reason(flops: Flops, tmp_path: Path) -> None:
+    training = {"data_tags": ["nobody"], "min_available_clients": 3}
+    sla = write_sla(tmp_path, training_configuration=training)
+    outcome = flops("project", "plan", sla)
+    assert outcome.exit_code == CATALOGUE[ErrorCode.PLACEMENT_IMPOSSIBLE].exit_code
+    assert outcome.out.count("learner: no rows for the data tag 'nobody'") == 2
+    assert "3 learners asked (min_available_clients), but no node can take it" in outcome.err
+    error = flops("project", "plan", sla, "--format", "json").error
+    assert error["code"] == "placement_impossible"
+    assert [node["name"] for node in error["details"]["plan"]["nodes"]] == ["alpha", "beta"]
+    broken = flops("project", "plan", write_sla(tmp_path, training_configuration={"data_tags": []}))
+    assert broken.exit_code == CATALOGUE[ErrorCode.SLA_INVALID].exit_code
+
+
 def test_watch_follows_a_project_to_its_end(flops: Flops, manager: Manager, tmp_path: Path) -> None:
     with meanwhile(lambda: manager.cluster.play_to_the_end(only_project(manager))):
         outcome = flops("project", "create", write_sla(tmp_path), "--watch")

@@ -27,6 +27,7 @@ API = "/api/flops"
 ENDPOINTS = [
     ("GET", f"{API}/status"),
     ("POST", f"{API}/projects"),
+    ("POST", f"{API}/projects/plan"),
     ("GET", f"{API}/projects"),
     ("GET", f"{API}/projects/nothing"),
     ("GET", f"{API}/projects/nothing/events"),

@@ -15,7 +15,7 @@ from flops.adapters.sql_store import SqlProjectStore
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, AddonState, ServiceKind, ServiceState
 from flops.core.effects import Effect, EffectKind
 from flops.core.ids import NodeId, ProjectId, ServiceId
-from flops.core.project import Project, ProjectEvent, Stage
+from flops.core.project import Participant, Project, ProjectEvent, Round, Stage
 from flops.core.sla import MockDataSla, ResourceConstraints, parse_mock_data_sla
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.projects import REPO_URL, PlayedCluster, node_with, played_cluster, raw_sla, sla_with
@@ -94,6 +94,33 @@ def test_a_project_goes_from_submission_to_a_served_model() -> None:
         assert states[ServiceKind.INFERENCE] is ServiceState.RUNNING
         assert states[ServiceKind.LEARNER] is ServiceState.STOPPED
         assert_sound(cluster, project.id)
+
+
+def test_nodes_that_trained_faster_come_first_also_after_a_restart() -> None:
+    with played_cluster() as cluster:
+        single = sla_with(min_available_clients=1, min_fit_clients=1, min_evaluate_clients=1)
+        assert cluster.engine.plan(single).nodes[0].runs["learner"] == 1  # alpha, with more cores
+        project = cluster.engine.submit(sla_with())
+        cluster.build(project.id)
+        aggregator = cluster.listen(project.id)
+        cluster.join_learners(project.id)
+        parts = [
+            Participant(learner=name, node=name, rows=100, fit_s=fit_s)
+            for name, fit_s in (("alpha", 8.0), ("beta", 2.0))
+        ]
+        record = Round(number=1, accuracy=0.5, participants=tuple(parts)).model_dump(mode="json")
+        cluster.orchestrator.tell(aggregator, "round_completed", rounds=3, record=record)
+        cluster.wait(project.id, lambda p: p.training is not None and len(p.training.history) == 1)
+        for _ in range(2):
+            assert cluster.engine.node_paces() == pytest.approx({"alpha": 1.6, "beta": 0.4})
+            alpha, beta = cluster.engine.plan(single).nodes
+            assert "learner" not in alpha.runs
+            assert (beta.runs["learner"], beta.pace) == (1, pytest.approx(0.4))
+            cluster.restart()
+        other = cluster.engine.submit(single)
+        placed = cluster.wait(other.id, lambda p: p.placement is not None).placement
+        assert placed is not None
+        assert placed.learners == ("id-beta",)
 
 
 def test_the_services_get_what_they_need() -> None:
