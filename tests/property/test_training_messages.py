@@ -49,6 +49,9 @@ class _Pipe:
         with pa.ipc.open_stream(sink.getvalue()) as reader:
             self._chunks.append(_Chunk(reader.read_next_batch(), pa.py_buffer(metadata)))
 
+    def waiting_bytes(self) -> int:
+        return sum(chunk.data.nbytes for chunk in self._chunks)
+
     def read_chunk(self) -> _Chunk:
         if not self._chunks:
             raise StopIteration
@@ -80,13 +83,55 @@ def test_strided_arrays_arrive_as_they_look() -> None:
     np.testing.assert_array_equal(sent(Message("reply", {}, [array, array.T])).arrays[1], array.T)
 
 
-def test_later_changes_do_not_reach_what_was_encoded() -> None:
-    array = np.zeros(3)
-    encoded = encode_arrays([array])
-    array += 1
+def test_large_arrays_are_not_copied_to_be_sent() -> None:
+    array = np.zeros(2 * training.PIECE_BYTES, np.uint8)
+    first, second = (batch.column(0).buffers()[2] for batch in encode_arrays([array]).batches)
+    assert (first.address, second.address) == (array.ctypes.data, array.ctypes.data + training.PIECE_BYTES)
+
+
+def test_a_training_from_what_was_evaluated_has_no_arrays() -> None:
+    encoded, other = encode_arrays([np.arange(1000.0)]), encode_arrays([np.ones(1000)])
     pipe = _Pipe()
-    Stream(pipe, pipe).send_encoded("train", {}, encoded)
-    np.testing.assert_array_equal(Stream(pipe, pipe).receive().arrays[0], np.zeros(3))
+    stream = Stream(pipe, pipe)
+    told = [
+        ("evaluate", encoded),
+        ("train", encoded),
+        ("train", encoded),
+        ("evaluate", encoded),
+        ("train", other),
+    ]
+    sizes = []
+    for kind, arrays in told:
+        stream.send_encoded(kind, {}, arrays)
+        sizes.append(pipe.waiting_bytes())
+        received = stream.receive()
+        assert received.type == kind
+        np.testing.assert_array_equal(
+            received.arrays[0], np.ones(1000) if arrays is other else np.arange(1000.0)
+        )
+    assert [size >= 8000 for size in sizes] == [True, False, True, True, True]
+
+
+def test_arrays_that_nobody_kept_are_refused() -> None:
+    encoded = encode_arrays([np.ones(3)])
+    pipe, empty = _Pipe(), _Pipe()
+    sender = Stream(empty, pipe)
+    sender.send_encoded("evaluate", {}, encoded)
+    sender.send_encoded("train", {}, encoded)
+    pipe.read_chunk()
+    with pytest.raises(FlopsError) as caught:
+        Stream(pipe, empty).receive()
+    assert caught.value.code is ErrorCode.UNREACHABLE
+
+
+def test_the_size_is_told_before_the_arrays_are_read() -> None:
+    pipe = _Pipe()
+    Stream(pipe, pipe).send(Message("reply", {}, [np.ones(2 * training.PIECE_BYTES, np.uint8), np.ones(5)]))
+    seen: list[tuple[int, bool]] = []
+    received = Stream(pipe, pipe).receive(lambda size: seen.append((size, pipe.waiting_bytes() > 0)))
+    assert seen == [(2 * training.PIECE_BYTES + 40, True)]
+    received.arrays[0] += 1  # it is the receiver's
+    assert pipe.waiting_bytes() == 0
 
 
 @pytest.mark.parametrize(
@@ -104,9 +149,19 @@ def test_the_end_of_the_stream_is_not_a_message() -> None:
         Stream(pipe, pipe).receive()
 
 
-def test_what_is_not_a_message_is_refused() -> None:
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"arrays": []}',
+        b'{"type": "reply", "arrays": [{"dtype": "<f8", "shape": [4], "pieces": 1}]}',
+        b'{"type": "reply", "arrays": [{"dtype": "<f8", "shape": [-1], "pieces": 1}]}',
+        b'{"type": "reply", "arrays": [{"dtype": "<f8", "shape": [9223372036854775807], "pieces": 1}]}',
+        b'{"type": "reply", "arrays": []}',
+    ],
+)
+def test_what_is_not_a_message_is_refused(header: bytes) -> None:
     pipe = _Pipe()
-    pipe.write_with_metadata(encode_arrays([]).batches[0], b'{"arrays": []}')
+    pipe.write_with_metadata(encode_arrays([np.ones(3)]).batches[0], header)
     with pytest.raises(FlopsError) as caught:
         Stream(pipe, pipe).receive()
     assert caught.value.code is ErrorCode.UNREACHABLE

@@ -1,8 +1,9 @@
 """Flower's `Grid` over our own connections, and every touch of what Flower does not publish.
 
 Flower's strategies make Messages and read Messages; a `Grid` carries them. What is private in Flower is used
-here and nowhere else: the identity of the process, which a Message takes its sender from, and the message id
-in a Message's metadata. `tests/unit/trainer/test_grid.py` fails when a version of Flower changes them.
+here and nowhere else: the identity of the process, which a Message takes its sender from, the message id in a
+Message's metadata, and that an Array may be made otherwise than by Flower. `tests/unit/trainer/test_grid.py`
+fails when a version of Flower changes them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, Error, MessageType, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
@@ -27,6 +29,7 @@ ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
 ROWS = "num-examples"  # Flower's default name of the weight
 _KINDS = {MessageType.TRAIN: TRAIN, MessageType.EVALUATE: EVALUATE}
 _ERROR_CODE = 1
+_STYPE = "numpy.ndarray"  # Flower's name of its serialisation
 _FOREVER_S = 7 * 86_400.0
 
 logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -62,7 +65,7 @@ class FlightGrid(Grid):
         self._server = server
         self._present: dict[int, Link] = {}
         self._pushed: dict[str, FlowerMessage] = {}
-        self._dtypes: list[np.dtype[Any]] = []
+        self._encoded: tuple[list[Array], Encoded] = [], encode_arrays([])  # the last arrays sent
         self._run = Run.create_empty(run_id=1)
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
@@ -70,26 +73,18 @@ class FlightGrid(Grid):
         """Set which learners strategies see: they ask all that they see."""
         self._present = {node_id_of(link.learner): link for link in links}
 
-    def keep_types(self, dtypes: Iterable[np.dtype[Any]]) -> None:
-        """Set which types learners get their arrays in; strategies compute with floating point numbers."""
-        self._dtypes = list(dtypes)
-
     def send(self, messages: Iterable[FlowerMessage]) -> list[Asked]:
         """Ask the learners these messages are for."""
         instructions: list[tuple[Link, Instruction]] = []
         sent: list[FlowerMessage] = []
-        encoded: dict[int, Encoded] = {}
         for number, message in enumerate(messages):
             link = self._present[message.metadata.dst_node_id]
-            # Every message of a strategy carries the same record: it is encoded once.
             record = message.content
-            if id(record) not in encoded:
-                encoded[id(record)] = encode_arrays(self._arrays_of(record))
             config = dict(next(iter(record.config_records.values()), {}))
             header = {"round": config.get("server-round", 0), "config": config}
             _set_message_id(message, f"{link.learner}/{number}")
             kind = _KINDS[message.metadata.message_type]
-            instructions.append((link, Instruction(kind, header, encoded[id(record)])))
+            instructions.append((link, Instruction(kind, header, self._encode(record))))
             sent.append(message)
         return [
             Asked(message, request)
@@ -101,11 +96,14 @@ class FlightGrid(Grid):
         link = asked.request.link
         return Answer(link.learner, link.node, asked.instruction, *self._server.take(asked.request))
 
-    def _arrays_of(self, record: RecordDict) -> list[Array]:
-        arrays = next(iter(record.array_records.values())).to_numpy_ndarrays()
-        if len(self._dtypes) != len(arrays):
-            return list(arrays)
-        return [array.astype(dtype, copy=False) for array, dtype in zip(arrays, self._dtypes, strict=True)]
+    def _encode(self, record: RecordDict) -> Encoded:
+        """Encode a record's arrays once for all learners, and for both phases when they are the same."""
+        arrays = arrays_of(next(iter(record.array_records.values())))
+        last, encoded = self._encoded
+        if len(arrays) != len(last) or any(a is not b for a, b in zip(arrays, last, strict=True)):
+            encoded = encode_arrays(arrays)
+            self._encoded = arrays, encoded
+        return encoded
 
     # --- what Flower's Grid asks for ---
 
@@ -167,13 +165,41 @@ def reply_with(
     """A Flower reply with a learner's parameters and numbers."""
     records: dict[str, Any] = {METRICS: MetricRecord(metrics)}
     if arrays is not None:
-        records[ARRAYS] = ArrayRecord(as_floats(arrays))
+        records[ARRAYS] = record_of(arrays)
     return FlowerMessage(RecordDict(records), reply_to=instruction)
 
 
-def as_floats(arrays: Iterable[Array]) -> list[Array]:
-    """Integers as float64: strategies scale parameters, some in place."""
-    return [array.astype(np.float64) if array.dtype.kind in "iub" else array for array in arrays]
+class HeldArray(FlowerArray):
+    """An array in one of Flower's records that stays as it is: Flower's own are serialised and copied twice.
+
+    Strategies get a copy with `numpy`, which is theirs: integers as float64, since they scale parameters.
+    """
+
+    def __init__(self, array: Array) -> None:
+        self.held = array
+        self.dtype, self.shape, self.stype = str(array.dtype), array.shape, _STYPE
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]  # an attribute in Flower
+        """The array as Flower serialises it."""
+        return bytes(FlowerArray(self.held).data)
+
+    def numpy(self) -> Array:
+        """A copy to compute with."""
+        return self.held.astype(np.float64 if self.held.dtype.kind in "iub" else self.held.dtype)
+
+
+def record_of(arrays: Iterable[Array]) -> ArrayRecord:
+    """One of Flower's records with these arrays, which must not change while it is in use."""
+    record = ArrayRecord()
+    for index, array in enumerate(arrays):
+        record[str(index)] = HeldArray(array)
+    return record
+
+
+def arrays_of(record: ArrayRecord) -> list[Array]:
+    """The arrays of a record: those that it was made of, or what a strategy has put there."""
+    return [array.held if isinstance(array, HeldArray) else array.numpy() for array in record.values()]
 
 
 def _flower_reply(answer: Answer) -> FlowerMessage:

@@ -23,7 +23,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.trainer.dialling import Dial
 from flops.trainer.loading import heartbeats
 from flops.trainer.ml_repo import MLRepo, describe_thread
-from flops.wire.training import EVALUATE, REPLY, STOP, TRAIN, Message, Stream
+from flops.wire.training import EVALUATE, REPLY, STOP, TRAIN, Array, Message, Stream
 from flops_utils.local_data import DataSource
 
 MEASURE_LOSS = "measure-loss"  # config key: evaluate the received parameters before training on them
@@ -110,9 +110,12 @@ def _answer(instruction: Message, repo: MLRepo, context: ActorContext) -> Messag
     The failure is logged whole here, on the learner's node; the answer has what the node reveals.
     """
     header = {"id": instruction.header["id"]}
+    parameters = instruction.arrays
+    if instruction.type == EVALUATE:  # user code may change them, and the next training may go out from them
+        parameters = [np.array(array) for array in parameters]
     started = time.perf_counter()
     try:
-        reply = _obey(instruction, repo)
+        reply = _obey(instruction, parameters, repo)
         reply.header.update(header, seconds=time.perf_counter() - started)
         return reply
     except FlopsError as exc:
@@ -121,9 +124,7 @@ def _answer(instruction: Message, repo: MLRepo, context: ActorContext) -> Messag
         return Message(REPLY, {**header, "error": context.disclosed(exc).to_dict()})
 
 
-def _obey(instruction: Message, repo: MLRepo) -> Message:
-    # What was received is read-only, and user code may train in place.
-    parameters = [np.array(array) for array in instruction.arrays]
+def _obey(instruction: Message, parameters: list[Array], repo: MLRepo) -> Message:
     config = instruction.header.get("config", {})
     if instruction.type == TRAIN:
         metrics: dict[str, Any] = {}

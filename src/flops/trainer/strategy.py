@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ConfigRecord, MetricRecord
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 
 from flops.core.sla import Strategy, StrategyName
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.grid import FlightGrid, as_floats
+from flops.trainer.grid import FlightGrid, arrays_of, record_of
 from flops.trainer.learner import MEASURE_LOSS
 from flops.trainer.tree_bagging import TreeBagging, problem_with_trees
 from flops.wire.training import Array
@@ -79,12 +79,11 @@ class RoundStrategy:
     ) -> list[FlowerMessage]:
         """Messages that ask the learners shown by the grid to train from these parameters."""
         self._dtypes = [array.dtype for array in parameters]
-        grid.keep_types(self._dtypes)
         if isinstance(self._flower, flower.FedAvgM):
             # It would go on from its own last result, which is not where a new cycle of a cluster begins.
             self._flower.current_arrays = None
-        record, config = ArrayRecord(as_floats(parameters)), ConfigRecord(self._train_config)
-        return list(self._flower.configure_train(number, record, config, grid))
+        config = ConfigRecord(self._train_config)
+        return list(self._flower.configure_train(number, record_of(parameters), config, grid))
 
     def aggregate_train(self, number: int, replies: Sequence[FlowerMessage]) -> list[Array]:
         """The new global parameters, of the types the model's parameters have.
@@ -98,10 +97,10 @@ class RoundStrategy:
             raise self._failed(number, str(exc)) from exc
         if arrays is None:
             raise self._failed(number, "the strategy gave no parameters")
-        raw = arrays.to_numpy_ndarrays()  # each call deserialises the whole model
+        raw = arrays_of(arrays)
         with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is looked for here
             result = [_to_dtype(array, dtype) for array, dtype in zip(raw, self._dtypes, strict=True)]
-        if not all(np.isfinite(array).all() for array in (*raw, *result)):
+        if not all(np.isfinite(array).all() for array in {id(a): a for a in (*raw, *result)}.values()):
             raise self._failed(
                 number, "the aggregated parameters are not finite; smaller learning rates may help"
             )
@@ -112,7 +111,7 @@ class RoundStrategy:
     ) -> list[FlowerMessage]:
         """Messages that ask the learners shown by the grid to evaluate these parameters."""
         config = ConfigRecord({})
-        return list(self._flower.configure_evaluate(number, ArrayRecord(list(parameters)), config, grid))
+        return list(self._flower.configure_evaluate(number, record_of(parameters), config, grid))
 
     def aggregate_evaluate(self, number: int, replies: Sequence[FlowerMessage]) -> dict[str, float]:
         """The global model's numbers, each the mean over the learners weighted by their held-out rows.

@@ -16,6 +16,10 @@ a learner sends ``hello`` first, and then one ``reply`` to each ``train`` and ``
 | reply | learner | ``id``, ``rows``, ``metrics``, ``seconds``, or ``error``; arrays: of ``train`` only |
 | stop | aggregator | nothing: the training is over |
 
+Most trainings go out from what was evaluated before. A learner keeps the arrays of an ``evaluate`` until the
+next instruction; when that is a ``train`` with the same ones over the same connection, it has none, and says
+``"arrays": "kept"``.
+
 The aggregator of a cluster is a learner to the one above it. Its reply has also ``cluster``, its name,
 and after ``train`` ``rounds``: the records of the rounds that it ran.
 
@@ -26,8 +30,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,7 +48,9 @@ HELLO, TRAIN, EVALUATE, REPLY, STOP = "hello", "train", "evaluate", "reply", "st
 LOADING, LOADED = "loading", "loaded"
 DESCRIPTOR = b"flops-training"
 SCHEMA = pa.schema([pa.field("array", pa.large_binary(), nullable=False)])
-PIECE_BYTES = 64 * 2**20  # larger arrays are sent in pieces: bounded copies, far below gRPC's 2 GiB a message
+PIECE_BYTES = 4 * 2**20  # larger arrays are sent in pieces, which gRPC copies in the processor's cache
+_SMALL_BYTES = 64 * 2**10  # arrays up to here are copied and share a batch
+_KEPT = "kept"
 _NUMERIC_KINDS = "biufc"
 
 
@@ -65,7 +72,7 @@ class BatchReader(Protocol):
 
 @dataclass
 class Message:
-    """A header and arrays. Arrays of a received message are read-only views into what was received."""
+    """A header and arrays. Those of a received message are the receiver's, see `Stream.receive`."""
 
     type: str
     header: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +94,8 @@ class Stream:
         self._reader = reader
         self._writer = writer
         self._sending = threading.Lock()
+        self._sent: Encoded | None = None  # to be evaluated, with the last message: the other side keeps them
+        self._kept: list[Array] | None = None  # received to be evaluated, with the last message
 
     def send(self, message: Message) -> None:
         """Send a message whole."""
@@ -94,29 +103,46 @@ class Stream:
 
     def send_encoded(self, kind: str, header: dict[str, Any], encoded: Encoded) -> None:
         """Send a message whose arrays are encoded already."""
-        first = json.dumps(
-            {**header, "type": kind, "arrays": encoded.specs, "batches": len(encoded.batches)}
-        ).encode()
         with self._sending:
-            for number, batch in enumerate(encoded.batches):
+            is_kept = kind == TRAIN and encoded is self._sent
+            self._sent = encoded if kind == EVALUATE else None
+            specs, batches = (_KEPT, _NO_BATCHES) if is_kept else (encoded.specs, encoded.batches)
+            about = {**header, "type": kind, "arrays": specs, "batches": len(batches)}
+            first = json.dumps(about).encode()
+            for number, batch in enumerate(batches):
                 self._writer.write_with_metadata(batch, first if number == 0 else b"{}")
 
-    def receive(self) -> Message:
-        """Wait for the next message.
+    def receive(self, admit: Callable[[int], None] = lambda _: None) -> Message:
+        """Wait for the next message. Its arrays may be changed, but for those of an ``evaluate``.
+
+        Args:
+            admit: is told how many bytes the arrays take before they are read, and may let them wait: so
+                long, the other side has them.
 
         Raises:
             EOFError: the other side has ended the stream.
             FlopsError: ``unreachable`` when what came is not a message of this protocol.
         """
         batch, header = self._read()
-        batches = [batch]
-        for _ in range(int(header.get("batches", 1)) - 1):
-            batches.append(self._read()[0])
         try:
-            kind, specs = str(header.pop("type")), header.pop("arrays")
-            return Message(kind, header, _decode_arrays(specs, batches))
-        except (KeyError, TypeError, ValueError) as exc:
+            kind, specs, count = str(header.pop("type")), header.pop("arrays"), int(header.pop("batches", 1))
+            kept, self._kept = self._kept, None
+            if specs == _KEPT and kept is not None:
+                return Message(kind, header, kept)
+            admit(sum(_size_of(spec) for spec in specs))
+            arrays = _decode_arrays(specs, self._rows(batch, count))
+        except (KeyError, TypeError, ValueError, MemoryError) as exc:
             raise FlopsError(ErrorCode.UNREACHABLE, f"A training message is malformed: {exc!r}.") from exc
+        if kind == EVALUATE:
+            self._kept = arrays
+        return Message(kind, header, arrays)
+
+    def _rows(self, first: pa.RecordBatch, batches: int) -> Iterator[Array]:
+        """The rows of a message's batches, each read when the ones before are done with."""
+        yield from _rows_of(first.column(0))
+        del first
+        for _ in range(batches - 1):
+            yield from _rows_of(self._read()[0].column(0))
 
     def _read(self) -> tuple[pa.RecordBatch, dict[str, Any]]:
         try:
@@ -129,7 +155,7 @@ class Stream:
 
 
 def encode_arrays(arrays: Sequence[Array]) -> Encoded:
-    """Encode arrays for sending; they may be changed afterwards.
+    """Encode arrays for sending. They are not copied, and must not change until they are sent.
 
     Raises:
         FlopsError: ``aggregation_failed`` when an array is not numeric.
@@ -143,19 +169,19 @@ def encode_arrays(arrays: Sequence[Array]) -> Encoded:
                 f"Array {number} has the type {array.dtype}, which is not numeric.",
                 hint="Model parameters are a list of arrays of numbers.",
             )
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        raw = _bytes_of(np.ascontiguousarray(array)).data
         pieces = [raw[start : start + PIECE_BYTES] for start in range(0, len(raw), PIECE_BYTES)]
         specs.append({"dtype": array.dtype.str, "shape": list(array.shape), "pieces": len(pieces)})
         rows.extend(pieces)
-    batches = [_to_batch(group) for group in _groups(rows)]
-    return Encoded(tuple(specs), tuple(batches or [_to_batch([])]))
+    return Encoded(tuple(specs), tuple(_to_batch(group) for group in _groups(rows)) or _NO_BATCHES)
 
 
 def _groups(rows: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Large rows by themselves, small ones together."""
     group: list[memoryview] = []
     size = 0
     for row in rows:
-        if group and size + len(row) > PIECE_BYTES:
+        if group and size + len(row) > _SMALL_BYTES:
             yield group
             group, size = [], 0
         group.append(row)
@@ -165,21 +191,39 @@ def _groups(rows: list[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _to_batch(rows: list[memoryview]) -> pa.RecordBatch:
-    return pa.record_batch([pa.array(rows, type=pa.large_binary())], schema=SCHEMA)
+    if len(rows) != 1:
+        return pa.record_batch([pa.array(rows, type=pa.large_binary())], schema=SCHEMA)
+    offsets = pa.py_buffer(np.array([0, len(rows[0])], np.int64))
+    column = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(rows[0])])
+    return pa.record_batch([column], schema=SCHEMA)
 
 
-def _decode_arrays(specs: list[dict[str, Any]], batches: list[pa.RecordBatch]) -> list[Array]:
-    rows = [row for batch in batches for row in _rows_of(batch.column(0))]
+_NO_BATCHES = (_to_batch([]),)
+
+
+def _decode_arrays(specs: list[dict[str, Any]], rows: Iterator[Array]) -> list[Array]:
     arrays: list[Array] = []
-    position = 0
     for spec in specs:
-        pieces = rows[position : position + spec["pieces"]]
-        position += spec["pieces"]
-        raw = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint8), *pieces])
-        arrays.append(raw.view(np.dtype(spec["dtype"])).reshape(spec["shape"]))
-    if position != len(rows):
-        raise ValueError(f"{len(rows)} rows for {position} pieces of arrays")
+        array = np.empty(spec["shape"], np.dtype(spec["dtype"]))
+        raw, position = _bytes_of(array), 0
+        for row in itertools.islice(rows, spec["pieces"]):
+            raw[position : position + len(row)] = row
+            position += len(row)
+        if position != len(raw):
+            raise ValueError(f"{position} bytes for an array of {len(raw)}")
+        arrays.append(array)
+    if next(rows, None) is not None:
+        raise ValueError("there are more pieces than arrays")
     return arrays
+
+
+def _size_of(spec: dict[str, Any]) -> int:
+    return int(np.dtype(spec["dtype"]).itemsize * math.prod(spec["shape"]))
+
+
+def _bytes_of(array: Array) -> npt.NDArray[np.uint8]:
+    """A view of a contiguous array's bytes."""
+    return array.reshape(-1).view(np.uint8)
 
 
 def _rows_of(column: Any) -> list[Array]:

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.played_learner import PlayedLearner
-from flops.trainer.grid import FlightGrid, node_id_of
+from flops.trainer.grid import FlightGrid, arrays_of, node_id_of, record_of
 from flops.trainer.links import LearnerServer
 from flops.wire.training import EVALUATE, REPLY, TRAIN, Message
 
@@ -95,3 +95,19 @@ def test_ids_are_stable_and_differ() -> None:
     ids = {node_id_of(f"learner-{n}") for n in range(1000)}
     assert len(ids) == 1000
     assert all(0 < number < 2**63 for number in ids)
+
+
+def test_a_held_array_is_to_flower_what_its_own_are() -> None:
+    arrays = [np.arange(6, dtype=np.float32).reshape(2, 3), np.array(2.5), np.array([1, 2], np.int64)]
+    record = record_of(arrays)
+    assert all(a is b for a, b in zip(arrays_of(record), arrays, strict=True))
+    for held, array in zip(record.values(), arrays, strict=True):
+        assert isinstance(held, Array)
+        flowers = Array(array)
+        assert (held.dtype, held.shape, held.stype) == (flowers.dtype, flowers.shape, flowers.stype)
+        assert held.data == flowers.data
+    copies = record.copy().to_numpy_ndarrays()
+    assert [copy.dtype for copy in copies] == [np.float32, np.float64, np.float64]
+    for copy, array in zip(copies, arrays, strict=True):
+        np.testing.assert_array_equal(copy, array)
+        assert not np.shares_memory(copy, array)  # strategies compute in place

@@ -38,6 +38,17 @@ def server() -> Iterator[LearnerServer]:
     server.stop()
 
 
+def runner_on(server: LearnerServer) -> RoundRunner:
+    return RoundRunner(
+        server,
+        RoundStrategy(CONFIG.strategy),
+        CONFIG,
+        tell=lambda _: None,
+        on_start=lambda *_: None,
+        on_failure=lambda *_: None,
+    )
+
+
 def test_an_answer_that_comes_while_another_is_looked_at_is_not_asked_for_again(
     server: LearnerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,14 +73,7 @@ def test_an_answer_that_comes_while_another_is_looked_at_is_not_asked_for_again(
         return is_finite(array)  # type: ignore[no-any-return]
 
     monkeypatch.setattr("flops.trainer.strategy.np.isfinite", look)
-    runner = RoundRunner(
-        server,
-        RoundStrategy(CONFIG.strategy),
-        CONFIG,
-        tell=lambda _: None,
-        on_start=lambda *_: None,
-        on_failure=lambda *_: None,
-    )
+    runner = runner_on(server)
     try:
         finished = runner.run(1, [np.ones(3, np.float32)])
     finally:
@@ -79,3 +83,21 @@ def test_an_answer_that_comes_while_another_is_looked_at_is_not_asked_for_again(
     assert finished.record.duration_s < PATIENCE_S
     for learner in learners:
         assert [message.type for message in learner.instructions] == [TRAIN, EVALUATE]
+
+
+def test_what_was_evaluated_is_trained_without_being_sent_again(server: LearnerServer) -> None:
+    learners = [PlayedLearner(server.port, f"learner-{number}") for number in range(2)]
+    assert server.wait_until(lambda: len(server.joined()) == 2, PATIENCE_S)
+    runner = runner_on(server)
+    try:
+        parameters = runner.run(1, [np.ones(3, np.float32)]).parameters
+        runner.run(2, parameters)
+        runner.run(3, [np.zeros(3, np.float32)])
+    finally:
+        for learner in learners:
+            learner.close()
+    for learner in learners:
+        _, evaluated, trained, _, other = (message.arrays for message in learner.instructions[:5])
+        assert trained is evaluated
+        np.testing.assert_array_equal(trained[0], np.ones(3))
+        np.testing.assert_array_equal(other[0], np.zeros(3))
