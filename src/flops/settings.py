@@ -66,6 +66,10 @@ class ControlSettings(Settings):
         pattern="^(auto|on|off)$",
         description="whether nodes join by token and TLS: `on`, `off`, or `auto`: unless on loopback",
     )
+    tls_certificate: Path | None = Field(
+        None, description="the manager's own certificate, PEM; one by the cluster's authority if not given"
+    )
+    tls_key: Path | None = Field(None, description="its key, PEM; in the same file if not given")
     certificate_hours: float = Field(168.0, gt=0, description="life of a certificate; renewed at two thirds")
     inference_port: int = Field(8080, ge=1, le=65_535, description="first port tried by inference services")
     load_timeout_s: int = Field(
@@ -113,6 +117,10 @@ class ClientSettings(Settings):
     home: Path = Field(default_factory=default_home, description="folder of all state; FLOPS_HOME")
     url: str | None = Field(None, description="base URL of the manager; found in the home if not given")
     token_file: Path | None = Field(None, description="file with the manager's admin token; likewise")
+    authority_file: Path | None = Field(
+        None, description="certificate of the authority that the manager at `url` is known by, PEM"
+    )
+    insecure: bool = Field(False, description="whether to do without encryption, also to another machine")
 
     @property
     def control_dir(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -83,7 +85,9 @@ class FileAuthority:
         """Sign a certificate for a service that others dial by a name; see `Authority`."""
         return self._sign_server(_key_of(request), name, now_s, life_s)
 
-    def keep_server_identity(self, path: Path, name: str, now_s: float, life_s: float) -> None:
+    def keep_server_identity(
+        self, path: Path, name: str, now_s: float, life_s: float, *, hosts: Sequence[str] = ()
+    ) -> None:
         """Write a new key with a certificate for a server of the cluster, and the authority's own.
 
         Args:
@@ -91,18 +95,26 @@ class FileAuthority:
             name: what those who dial expect.
             now_s: seconds since the epoch.
             life_s: how long the certificate is good.
+            hosts: names and addresses that others dial who know no better, such as browsers.
 
         Raises:
             FlopsError: ``disk_full``, ``file_unreadable``.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        write_durably(
-            path, _key_pem(key) + self._sign_server(key.public_key(), name, now_s, life_s) + self.pem
-        )
+        signed = self._sign_server(key.public_key(), name, now_s, life_s, hosts)
+        write_durably(path, _key_pem(key) + signed + self.pem)
 
-    def _sign_server(self, key: ec.EllipticCurvePublicKey, name: str, now_s: float, life_s: float) -> str:
+    def _sign_server(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        name: str,
+        now_s: float,
+        life_s: float,
+        hosts: Sequence[str] = (),
+    ) -> str:
         builder = _builder(name, key, self._certificate.subject, now_s, life_s)
-        signed = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH).sign(self._key, hashes.SHA256())
+        builder = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH, hosts)
+        signed = builder.sign(self._key, hashes.SHA256())
         return _pem(signed)
 
 
@@ -146,15 +158,22 @@ def _builder(
 
 
 def _for_peer(
-    builder: x509.CertificateBuilder, dns_name: str, usage: x509.ObjectIdentifier
+    builder: x509.CertificateBuilder, dns_name: str, usage: x509.ObjectIdentifier, hosts: Sequence[str] = ()
 ) -> x509.CertificateBuilder:
     """A certificate that signs no others, and is good for one side of a connection only."""
-    names = x509.SubjectAlternativeName([x509.DNSName(dns_name)])
+    names = x509.SubjectAlternativeName([x509.DNSName(dns_name), *map(_host_name, hosts)])
     return (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
         .add_extension(names, critical=False)
     )
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def _key_of(request: str) -> ec.EllipticCurvePublicKey:

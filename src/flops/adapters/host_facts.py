@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from flops.core.address import is_any
 from flops.core.cluster import NodeFacts, NodeLoad
 
 _MB = 1024**2
@@ -116,3 +117,16 @@ def _gpus() -> tuple[str, ...]:
                 if line.startswith("Model:"):
                     names.append(line.partition(":")[2].strip())
     return tuple(names)
+
+
+def names_of(host: str) -> tuple[str, ...]:
+    """Names and addresses by which others may know what listens on an address of this machine."""
+    names = {"localhost", "127.0.0.1", "::1", host, socket.gethostname(), socket.getfqdn()}
+    if is_any(host):
+        for addresses in psutil.net_if_addrs().values():
+            names |= {
+                entry.address.partition("%")[0]
+                for entry in addresses
+                if entry.family in (socket.AF_INET, socket.AF_INET6)
+            }
+    return tuple(sorted(name for name in names if name.isascii() and not is_any(name)))

@@ -112,7 +112,9 @@ def join_cluster(
         FlopsError: ``join_refused``, ``certificate_refused``, ``encryption_mismatch``, ``unreachable``,
             ``disk_full``, ``file_unreadable``.
     """
-    authority = _trusted_authority(cluster, token)
+    authority = trusted_authority(
+        f"https://{cluster}{AUTHORITY_PATH}", token.fingerprint, "the cluster that made the token"
+    )
     pending = path.with_name(f"{path.name}.{token.id[:32]}")
     if not pending.exists():
         write_durably(pending, new_key())
@@ -168,18 +170,27 @@ def certify_service(path: Path, cluster: str, service_id: str, target: Path, now
     write_durably(target, key + signed.certificate + identity.authority)
 
 
-def _trusted_authority(cluster: str, token: JoinToken) -> str:
-    """The authority of the cluster that made the token; whoever answers is not trusted to say so."""
-    shown = _ask("GET", f"https://{cluster}{AUTHORITY_PATH}", AuthorityShown, tls_to_anybody())
+def trusted_authority(url: str, fingerprint: str, expected: str) -> str:
+    """The authority with a fingerprint, PEM; whoever answers is not trusted to say so.
+
+    Args:
+        url: where it is asked for.
+        fingerprint: hex SHA-256 of its certificate.
+        expected: whose it is, for messages.
+
+    Raises:
+        FlopsError: ``certificate_refused``, ``encryption_mismatch``, ``unreachable``.
+    """
+    shown = _ask("GET", url, AuthorityShown, tls_to_anybody())
     try:
         found = x509.load_pem_x509_certificate(shown.certificate.encode())
     except ValueError:
         found = None
-    if found is None or found.fingerprint(hashes.SHA256()).hex() != token.fingerprint:
+    if found is None or found.fingerprint(hashes.SHA256()).hex() != fingerprint:
         raise FlopsError(
             ErrorCode.CERTIFICATE_REFUSED,
-            f"What answers at {cluster} is not the cluster that made the token; nothing was sent to it.",
-            hint="Check the address, and that the token is of this cluster.",
+            f"What answers at {httpx.URL(url).netloc.decode()} is not {expected}; nothing was sent to it.",
+            hint="Check the address, and that the line you copied is of this control plane.",
         )
     return found.public_bytes(serialization.Encoding.PEM).decode()
 

@@ -14,11 +14,17 @@ import httpx
 from flops.core.model import Value
 from flops.core.project import Project, ProjectEvent
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.cluster_tls import manager_tls, speaks_tls, tls_problem
 
 RECONNECT_AFTER_S = 0.5
 GIVE_UP_AFTER_S = 60.0
 _SILENCE_S = 30.0  # the manager sends a comment every 10 s, also when nothing happens
 _CHUNK_BYTES = 1_048_576
+_LOOK_S = 3.0  # for whether a port encrypts
+_TRUST_HINT = (
+    "`flops status --connect` on the machine of the control plane prints a line for `flops connect` here; or "
+    "name its https:// address with --url, and the certificate of its authority with --authority-file."
+)
 
 M = TypeVar("M", bound=Value)
 
@@ -28,19 +34,21 @@ class ApiClient:
 
     Args:
         url: base URL of the manager.
-        token_file: file with the admin token; it is read anew for each client.
+        token: the admin token.
+        authority: certificate that the manager is known by, PEM; "" for one that this machine trusts anyway.
         silence_s: how long to wait for an answer.
 
     Raises:
-        FlopsError: ``file_unreadable`` for the token, ``usage`` for the URL.
+        FlopsError: ``usage`` for the URL, ``file_unreadable`` for the certificate.
     """
 
-    def __init__(self, url: str, token_file: Path, *, silence_s: float = _SILENCE_S) -> None:
+    def __init__(self, url: str, token: str, *, authority: str = "", silence_s: float = _SILENCE_S) -> None:
         self.url = url.rstrip("/")
         host = _host_of(self.url)
         self._http = httpx.Client(
             base_url=f"{self.url}/api/flops",
-            headers={"Authorization": f"Bearer {_read_token(token_file)}"},
+            headers={"Authorization": f"Bearer {token}"},
+            verify=manager_tls(authority) if authority else True,
             timeout=httpx.Timeout(silence_s, connect=min(silence_s, 5.0)),
             trust_env=not _is_this_machine(host),  # a proxy of the environment cannot reach this machine
         )
@@ -185,6 +193,18 @@ class ApiClient:
         )
 
     def _unreachable(self, exc: Exception) -> FlopsError:
+        url = httpx.URL(self.url)
+        where = url.netloc.decode()
+        problem = tls_problem(exc, where, expected="the manager that was looked for", hint=_TRUST_HINT)
+        if problem is not None:
+            return problem
+        is_cut_off = isinstance(exc, httpx.RemoteProtocolError | httpx.ReadError)
+        if url.scheme == "http" and is_cut_off and speaks_tls(url.host, url.port or 80, _LOOK_S):
+            return FlopsError(
+                ErrorCode.ENCRYPTION_MISMATCH,
+                f"The manager at {where} encrypts, and was spoken to without encryption.",
+                hint=_TRUST_HINT,
+            )
         return FlopsError(
             ErrorCode.UNREACHABLE,
             f"The manager at {self.url} does not answer: {str(exc) or type(exc).__name__}.",
@@ -220,18 +240,3 @@ def _is_this_machine(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _read_token(path: Path) -> str:
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
-        raise FlopsError(
-            ErrorCode.FILE_UNREADABLE,
-            f"The admin token cannot be read from {path}: {reason}.",
-            hint="Name its file with --token-file or FLOPS_TOKEN_FILE; `flops up` printed where it is.",
-        ) from exc
-    if not token or not token.isascii() or not token.isprintable():
-        raise FlopsError(ErrorCode.FILE_UNREADABLE, f"{path} holds no token.")
-    return token

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from flops.errors import ErrorCode, FlopsError
+
+CONNECTION_FILE = "connection.json"  # in the home: what `flops connect` keeps
 
 if TYPE_CHECKING:
     from flops.cli.api_client import ApiClient
@@ -25,6 +27,23 @@ class GlobalOptions:
     home: Path | None = None
     url: str | None = None
     token_file: Path | None = None
+    authority_file: Path | None = None
+    insecure: bool | None = None
+
+
+@dataclass(frozen=True)
+class Manager:
+    """A manager, and how it is spoken to.
+
+    Args:
+        url: its base URL.
+        token: its admin token.
+        authority: certificate that it is known by, PEM; "" for one that this machine trusts anyway.
+    """
+
+    url: str
+    token: str = field(repr=False)
+    authority: str = ""
 
 
 def global_options() -> GlobalOptions:
@@ -42,36 +61,137 @@ def client_settings(home: Path | None = None) -> ClientSettings:
     from flops.settings import ClientSettings
 
     given = global_options()
-    return ClientSettings.read(home=home or given.home, url=given.url, token_file=given.token_file)
+    return ClientSettings.read(
+        home=home or given.home,
+        url=given.url,
+        token_file=given.token_file,
+        authority_file=given.authority_file,
+        insecure=given.insecure,
+    )
+
+
+def find_manager(settings: ClientSettings) -> Manager:
+    """The manager that the settings name, else of this home's control plane, else that of `flops connect`.
+
+    Raises:
+        FlopsError: ``unreachable`` when there is none, ``file_unreadable`` for what it takes to speak to it,
+            ``encryption_mismatch`` for one on another machine without encryption.
+    """
+    from flops.cli.control import read_endpoint
+    from flops.control.lifetime import ADMIN_TOKEN_FILE
+
+    token_file = settings.token_file or settings.control_dir / ADMIN_TOKEN_FILE
+    if settings.url is not None:
+        if not settings.insecure:
+            refuse_plain(settings.url)
+        return Manager(settings.url, read_token(token_file), _read_authority(settings.authority_file))
+    endpoint = read_endpoint(settings.control_dir)
+    if endpoint is not None:
+        file = endpoint.get("authority_file")
+        authority = _read_authority(Path(file) if file else None)
+        return Manager(endpoint["manager_url"], read_token(token_file), authority)
+    kept = kept_connection(settings.home)
+    if kept is not None:
+        return kept
+    raise FlopsError(
+        ErrorCode.UNREACHABLE,
+        f"No control plane runs with its state in {settings.control_dir}.",
+        hint="Start it with `flops up`, or connect to one elsewhere: `flops connect LINE`.",
+    )
+
+
+def is_elsewhere(settings: ClientSettings) -> bool:
+    """Whether `find_manager` finds one that is not this home's: named, or kept while none runs here."""
+    from flops.cli.control import read_endpoint
+
+    if settings.url is not None:
+        return True
+    return (settings.home / CONNECTION_FILE).exists() and read_endpoint(settings.control_dir) is None
 
 
 @contextmanager
 def connected(home: Path | None = None) -> Iterator[ApiClient]:
-    """A client of the manager that the settings name, or of the control plane on this machine.
-
-    Raises:
-        FlopsError: ``unreachable`` when no control plane runs, ``file_unreadable`` for the token.
-    """
+    """A client of the manager that `find_manager` finds; raises likewise."""
     from flops.cli.api_client import ApiClient
-    from flops.cli.control import read_endpoint
-    from flops.control.lifetime import ADMIN_TOKEN_FILE
 
-    settings = client_settings(home)
-    url = settings.url
-    if url is None:
-        endpoint = read_endpoint(settings.control_dir)
-        if endpoint is None:
-            raise FlopsError(
-                ErrorCode.UNREACHABLE,
-                f"No control plane runs with its state in {settings.control_dir}.",
-                hint="Start it with `flops up`; --home names another home, --url another manager.",
-            )
-        url = endpoint["manager_url"]
-    client = ApiClient(url, settings.token_file or settings.control_dir / ADMIN_TOKEN_FILE)
+    manager = find_manager(client_settings(home))
+    client = ApiClient(manager.url, manager.token, authority=manager.authority)
     try:
         yield client
     finally:
         client.close()
+
+
+def kept_connection(home: Path) -> Manager | None:
+    """What `flops connect` has kept; None if nothing.
+
+    Raises:
+        FlopsError: ``file_unreadable``.
+    """
+    path = home / CONNECTION_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Manager(str(raw["url"]), str(raw["token"]), str(raw["authority"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"The connection in {path} cannot be read: {exc}.",
+            hint="`flops connect LINE` writes it anew.",
+        ) from exc
+
+
+def read_token(path: Path) -> str:
+    """A manager's admin token.
+
+    Raises:
+        FlopsError: ``file_unreadable``.
+    """
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"The admin token cannot be read from {path}: {reason}.",
+            hint="Name its file with --token-file or FLOPS_TOKEN_FILE; `flops up` printed where it is.",
+        ) from exc
+    if not token or not token.isascii() or not token.isprintable():
+        raise FlopsError(ErrorCode.FILE_UNREADABLE, f"{path} holds no token.")
+    return token
+
+
+def _read_authority(path: Path | None) -> str:
+    try:
+        return "" if path is None else path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"The certificate of the authority cannot be read from {path}: {reason}.",
+            hint="Name a copy of `control/authority.crt` with --authority-file or FLOPS_AUTHORITY_FILE.",
+        ) from exc
+
+
+def refuse_plain(url: str) -> None:
+    """Refuse a manager on another machine whose address is without encryption.
+
+    Raises:
+        FlopsError: ``encryption_mismatch``.
+    """
+    from urllib.parse import urlsplit
+
+    from flops.core.health import is_loopback
+
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise FlopsError(
+            ErrorCode.ENCRYPTION_MISMATCH,
+            f"The manager at {url} is on another machine, and its address says that it does not encrypt.",
+            hint="Use its https:// address; `flops status --connect` there prints a line for `flops connect` "
+            "here. Only in a network that you trust, --insecure does without encryption.",
+        )
 
 
 def read_sla(path: Path) -> dict[str, Any]:

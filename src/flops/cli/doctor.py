@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import flops
-from flops.cli.connection import client_settings
+from flops.cli.connection import client_settings, is_elsewhere
 from flops.cli.output import FormatOption, OutputFormat
 
 
@@ -27,7 +27,7 @@ def doctor(
 
     settings = client_settings(home)
     control = settings.control_dir
-    is_local = settings.url is None
+    is_local = not is_elsewhere(settings)
     asked = Asked()
     checks: dict[str, Check] = {
         "control plane": functools.partial(examine_manager, settings, asked),

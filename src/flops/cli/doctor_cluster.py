@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import flops
 from flops.adapters.system_clock import SystemClock
 from flops.cli.api_client import ApiClient
+from flops.cli.connection import find_manager, is_elsewhere
 from flops.cli.control import LOG_FILE, read_endpoint
 from flops.cli.examination import HERE, WAIT_S, Check, is_answering, skew_against
-from flops.control.lifetime import ADMIN_TOKEN_FILE, ENDPOINT_FILE, STARTUP_ERROR_FILE
+from flops.control.lifetime import ENDPOINT_FILE, STARTUP_ERROR_FILE
 from flops.core.health import clock_findings, fine, is_loopback, known, problem, version_findings, warning
 from flops.errors import FlopsError
+from flops.wire.cluster_tls import manager_tls
 from flops.wire.rest import ControlStatus, NodeList
 
 if TYPE_CHECKING:
@@ -37,20 +39,19 @@ class Asked:
 
 def examine_manager(settings: ClientSettings, asked: Asked) -> Iterator[Finding]:
     """Whether the control plane runs and answers; keeps its answers."""
-    url = settings.url
-    if url is None:
-        endpoint = read_endpoint(settings.control_dir)
-        if endpoint is None:
-            yield _not_running(settings.control_dir)
-            return
-        url = str(endpoint["manager_url"])
-    client = ApiClient(url, settings.token_file or settings.control_dir / ADMIN_TOKEN_FILE, silence_s=WAIT_S)
+    is_local = not is_elsewhere(settings)
+    if is_local and read_endpoint(settings.control_dir) is None:
+        yield _not_running(settings.control_dir)
+        return
+    manager = find_manager(settings)
+    url = manager.url
+    client = ApiClient(url, manager.token, authority=manager.authority, silence_s=WAIT_S)
     try:
         asked.status = client.get("/status", ControlStatus)
         asked.nodes = client.get("/nodes", NodeList).nodes
     except FlopsError as error:
         advice = error.hint
-        if settings.url is None:
+        if is_local:
             log = settings.control_dir / LOG_FILE
             advice = f"Its process runs: look at {log}, then `flops down` and `flops up`."
         yield problem("control plane", url, error.message, advice)
@@ -58,7 +59,7 @@ def examine_manager(settings: ClientSettings, asked: Asked) -> Iterator[Finding]
     finally:
         client.close()
     yield fine("control plane", url, f"It answers, and runs FLOps {asked.status.version}.")
-    skew_s = skew_against(url)
+    skew_s = skew_against(url, manager_tls(manager.authority) if manager.authority else None)
     if skew_s is not None:
         found = list(clock_findings(skew_s, HERE, "the control plane's"))
         yield from found or [fine("clock", HERE, "Its clock is that of the control plane, to a second.")]
@@ -107,7 +108,7 @@ def _examine_tracking(status: ControlStatus) -> Iterator[Finding]:
 
 def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) -> Iterator[Finding]:
     listening = {
-        "the manager": status.manager_url.rpartition("://")[2].rpartition(":")[0],
+        **({} if status.manager_url.startswith("https:") else {"the manager": status.manager_host}),
         **({} if status.is_cluster_encrypted else {"the cluster": status.cluster_address.rpartition(":")[0]}),
         "MLflow": status.tracking_url.rpartition("://")[2].rpartition(":")[0],
         **{f"node {node.name}": node.facts.address for node in nodes if node.is_connected},
@@ -119,8 +120,8 @@ def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) 
             "encryption", HERE, what, "Use a network that you trust, such as a VPN or a closed subnet."
         )
     else:
-        what = "Nodes are spoken to by TLS." if status.is_cluster_encrypted else "Nothing is encrypted."
-        yield known("encryption", HERE, f"{what} All else listens on this machine only.")
+        what = "What others on the network reach is encrypted; all else listens on this machine only."
+        yield known("encryption", HERE, what)
 
 
 def _examine_nodes(nodes: tuple[ExaminedNode, ...]) -> Iterator[Finding]:

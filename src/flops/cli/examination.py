@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,16 +91,20 @@ def is_answering(host: str, port: int) -> bool:
         return False
 
 
-def skew_against(url: str) -> float | None:
+def skew_against(url: str, tls: ssl.SSLContext | None = None) -> float | None:
     """How far this machine's clock is ahead of a server's, in seconds; None when the server tells none.
 
     A server tells whole seconds: less than a second is no skew.
+
+    Args:
+        url: of the server.
+        tls: how to encrypt, if not as for any web server.
 
     Raises:
         FlopsError: ``unreachable``.
     """
     try:
-        answer = httpx.get(url, timeout=WAIT_S, trust_env=False)
+        answer = httpx.get(url, timeout=WAIT_S, trust_env=False, verify=tls if tls is not None else True)
     except httpx.HTTPError as exc:
         raise FlopsError(ErrorCode.UNREACHABLE, f"{url} does not answer: {exc}.") from exc
     try:

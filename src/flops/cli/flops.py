@@ -11,6 +11,7 @@ import typer
 
 import flops
 from flops.cli.cluster_commands import mock_data, node, tracking
+from flops.cli.connect import connect, connection_line, disconnect
 from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
 from flops.cli.doctor import doctor
@@ -69,10 +70,19 @@ def root(
     token_file: Annotated[
         Path | None, typer.Option("--token-file", help="File with its admin token [FLOPS_TOKEN_FILE].")
     ] = None,
+    authority_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--authority-file", help="Certificate of the authority it is known by [FLOPS_AUTHORITY_FILE]."
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Do without encryption, also to another machine.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Federated learning operations: train on data that never leaves the machines that collected it."""
-    context.obj = GlobalOptions(home=home, url=url, token_file=token_file)
+    context.obj = GlobalOptions(home, url, token_file, authority_file, insecure or None)
     if version:
         print_line(flops.__version__)
         raise typer.Exit
@@ -81,6 +91,12 @@ def root(
 @app.command()
 def up(
     home: Home = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on, for users and nodes on other machines.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Do without encryption and tokens of nodes, at any address.")
+    ] = False,
     manager_port: Annotated[int | None, _port("the REST API", 5072)] = None,
     cluster_port: Annotated[int | None, _port("the cluster, which NodeEngines dial", 10_100)] = None,
     tracking_port: Annotated[int | None, _port("the MLflow server", 7027)] = None,
@@ -95,6 +111,9 @@ def up(
     folder = home or global_options().home
     given = {
         "home": None if folder is None else folder.absolute(),
+        "host": host,
+        "cluster_host": host,
+        "encryption": "off" if insecure else None,
         "manager_port": manager_port,
         "cluster_port": cluster_port,
         "tracking_port": tracking_port,
@@ -118,12 +137,16 @@ def up(
 
 def _show_addresses(endpoint: Mapping[str, Any], token_file: Path) -> None:
     host, _, port = str(endpoint["cluster_address"]).rpartition(":")
+    joining = (
+        "flops node invite" if endpoint["is_cluster_encrypted"] else f"NodeEngine -a {host} -p {port} -d"
+    )
     print_facts(
         [
             ("Manager", endpoint["manager_url"]),
             ("API docs", f"{endpoint['manager_url']}/docs"),
-            ("Cluster", f"{endpoint['cluster_address']}  (NodeEngine -a {host} -p {port} -d)"),
+            ("Cluster", f"{endpoint['cluster_address']}  ({joining})"),
             ("MLflow GUI", f"{endpoint['tracking_url']}  (ready in a few seconds)"),
+            ("Authority", endpoint.get("authority_file")),
             ("Admin token", token_file),
         ]
     )
@@ -149,8 +172,22 @@ def down(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) ->
 
 
 @app.command()
-def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) -> None:
+def status(
+    home: Home = None,
+    is_connecting: Annotated[
+        bool, typer.Option("--connect", help="Print the line by which `flops connect` connects elsewhere.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Where the other machine reaches the manager, for --connect.")
+    ] = None,
+    output_format: FormatOption = OutputFormat.TABLE,
+) -> None:
     """Show the state of the control plane."""
+    if is_connecting:
+        line = connection_line(home, address)
+        print_data({"line": line}, output_format, lambda: print_line(line))
+        say("Whoever has this line is the admin. On the other machine: flops connect LINE")
+        return
     from flops.control.lifetime import ADMIN_TOKEN_FILE
     from flops.wire.rest import ControlStatus
 
@@ -168,6 +205,7 @@ def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) 
                 ("Nodes", f"{answer.nodes_connected} of {answer.nodes_total} connected"),
                 ("Projects", f"{answer.projects_active} of {answer.projects_total} active"),
                 ("State", answer.home),
+                ("Authority", answer.authority_file),
                 ("Admin token", Path(answer.home) / "control" / ADMIN_TOKEN_FILE),
                 ("Version", answer.version),
             ]
@@ -176,6 +214,8 @@ def status(home: Home = None, output_format: FormatOption = OutputFormat.TABLE) 
     print_data(answer, output_format, show)
 
 
+app.command("connect")(connect)
+app.command("disconnect")(disconnect)
 app.command("doctor")(doctor)
 app.command("tracking")(tracking)
 app.command("t", hidden=True)(tracking)

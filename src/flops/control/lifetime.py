@@ -18,6 +18,8 @@ from flops.errors import ErrorCode, FlopsError
 
 ENDPOINT_FILE = "endpoint.json"
 ADMIN_TOKEN_FILE = "admin.token"  # noqa: S105 (a file's name)
+AUTHORITY_FILE = "authority.pem"  # key and certificate of the cluster's authority
+AUTHORITY_CERTIFICATE_FILE = "authority.crt"  # what clients trust; no secret
 STARTUP_ERROR_FILE = "startup_error.json"
 LOCK_FILE = "lock"
 SECRET_FILE = "secret"  # noqa: S105 (a file's name)

@@ -19,8 +19,9 @@ from flops.errors import ErrorCode, FlopsError
 from flops.manager.engine import Engine
 from flops.manager.gate import Gate, error_response
 from flops.manager.images import ImageShelf
-from flops.manager.routes import Invite, build_invitations, build_routes, nobody_is_invited
+from flops.manager.routes import Invite, build_authority, build_invitations, build_routes, nobody_is_invited
 from flops.ports import BlobStreams
+from flops.wire.join import MANAGER_AUTHORITY_PATH
 from flops.wire.rest import ControlStatus, ErrorBody, Message
 
 _HINT = "/docs lists every endpoint with its parameters."
@@ -35,6 +36,7 @@ def build_app(
     blobs: BlobStreams,
     images: ImageShelf,
     invite: Invite = nobody_is_invited,
+    authority: str = "",
 ) -> FastAPI:
     """Build the REST application.
 
@@ -46,6 +48,7 @@ def build_app(
         blobs: take the datasets that users send along.
         images: those in the registry.
         invite: makes tokens for nodes.
+        authority: certificate that the manager is known by, PEM; "" when there is none of our own.
     """
     app = FastAPI(
         title="FLOps",
@@ -63,6 +66,7 @@ def build_app(
 
     app.include_router(build_routes(engine, status, blobs, images))
     app.include_router(build_invitations(invite))
+    app.include_router(build_authority(authority))
     _describe(app)
 
     @app.get("/openapi/openapi.json", include_in_schema=False)
@@ -143,7 +147,7 @@ def _describe(app: FastAPI) -> None:
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-                    if path != "/":
+                    if path not in {"/", MANAGER_AUTHORITY_PATH}:
                         operation["security"] = [{"token": []}]
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)

@@ -7,9 +7,11 @@ import hmac
 from starlette.types import Scope
 
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.join import MANAGER_AUTHORITY_PATH
 
 # Readiness probes and the description of the API say nothing about the deployment.
-_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/openapi/openapi.json"})
+# Whom to trust is asked before anybody is trusted: the answer is held against a fingerprint.
+_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/openapi/openapi.json", MANAGER_AUTHORITY_PATH})
 
 
 def check_token(scope: Scope, token: str) -> None:

@@ -23,6 +23,7 @@ from flops.manager.event_stream import stream_events
 from flops.manager.images import ImageShelf
 from flops.manager.project_logs import read_logs
 from flops.ports import BlobStreams
+from flops.wire.join import MANAGER_AUTHORITY_PATH, AuthorityShown
 from flops.wire.rest import (
     BlobStored,
     ControlStatus,
@@ -251,6 +252,22 @@ def build_invitations(invite: Invite) -> APIRouter:
     def invite_nodes(wanted: InvitationRequest | None = None) -> InvitationMade:
         """Make a token by which nodes join a cluster that encrypts."""
         return invite(wanted or InvitationRequest())
+
+    return router
+
+
+def build_authority(certificate: str) -> APIRouter:
+    """The endpoint by which machines of users learn whom to trust.
+
+    Args:
+        certificate: of the cluster's authority, PEM; "" when the manager shows none of it.
+    """
+    router = APIRouter()
+
+    @router.get(MANAGER_AUTHORITY_PATH, tags=["cluster"])
+    def show_authority() -> AuthorityShown:
+        """The certificate of the authority that the manager is known by. Needs no token."""
+        return AuthorityShown(certificate=certificate)
 
     return router
 

@@ -10,8 +10,10 @@ from typing import Any
 import httpx
 
 from flops.cli.api_client import ApiClient
-from flops.control.lifetime import ADMIN_TOKEN_FILE, ENDPOINT_FILE
+from flops.cli.connection import find_manager
+from flops.control.lifetime import ENDPOINT_FILE
 from flops.core.project import Project, ProjectEvent, Stage
+from flops.settings import ClientSettings
 from flops.testing.deployment import Deployment
 
 _PARENT_TAG = "mlflow.parentRunId"  # learners are child runs
@@ -66,7 +68,8 @@ class Books:
     def __init__(self, deployment: Deployment) -> None:
         control = deployment.home / "control"
         endpoint = json.loads((control / ENDPOINT_FILE).read_text())
-        self.api = ApiClient(endpoint["manager_url"], control / ADMIN_TOKEN_FILE)
+        manager = find_manager(ClientSettings.read({}, home=deployment.home))
+        self.api = ApiClient(manager.url, manager.token, authority=manager.authority)
         self.tracking = Tracking(endpoint["tracking_url"])
 
     def close(self) -> None:

@@ -14,22 +14,50 @@ from typing import Any
 from flops.errors import ErrorCode, FlopsError
 
 CLUSTER_NAME = "cluster.flops.internal"
+MANAGER_NAME = "manager.flops.internal"  # beside the addresses at which it listens
 _PEM_END = "-----END CERTIFICATE-----"
 
 
-class ClusterTls(ssl.SSLContext):
-    """Expects the other side to be the cluster, whatever address was dialled."""
+class NamedTls(ssl.SSLContext):
+    """Expects the other side to have a name, the cluster's, whatever address was dialled."""
+
+    expected = CLUSTER_NAME
 
     def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
-        """As of the base class, with the cluster's name."""
-        return super().wrap_socket(*arguments, **{**options, "server_hostname": CLUSTER_NAME})
+        """As of the base class, with the expected name."""
+        return super().wrap_socket(*arguments, **{**options, "server_hostname": self.expected})
 
     def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
         """Likewise."""
-        return super().wrap_bio(*arguments, **{**options, "server_hostname": CLUSTER_NAME})
+        return super().wrap_bio(*arguments, **{**options, "server_hostname": self.expected})
 
 
-def cluster_tls(authority: str, identity: Path | None = None) -> ClusterTls:
+class _ManagerTls(NamedTls):
+    expected = MANAGER_NAME
+
+
+def manager_tls(authority: str) -> NamedTls:
+    """How to speak to the manager of an authority's cluster.
+
+    Args:
+        authority: its certificate, PEM.
+
+    Raises:
+        FlopsError: ``file_unreadable`` for what is no certificate.
+    """
+    context = _ManagerTls(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=authority)
+    except (ssl.SSLError, ValueError) as exc:
+        raise FlopsError(
+            ErrorCode.FILE_UNREADABLE,
+            f"The certificate of the manager's authority cannot be used: {exc}.",
+            hint="`flops status --connect` on the machine of the control plane, `flops connect` here.",
+        ) from exc
+    return context
+
+
+def cluster_tls(authority: str, identity: Path | None = None) -> NamedTls:
     """How to speak to the cluster of an authority.
 
     Args:
@@ -39,7 +67,7 @@ def cluster_tls(authority: str, identity: Path | None = None) -> ClusterTls:
     Raises:
         FlopsError: ``file_unreadable``.
     """
-    context = ClusterTls(ssl.PROTOCOL_TLS_CLIENT)
+    context = NamedTls(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_verify_locations(cadata=authority)
@@ -66,8 +94,17 @@ def http_options(authority: str, service_id: str, key: str) -> dict[str, Any]:
     return {"verify": cluster_tls(authority), "auth": (service_id, key)} if authority else {}
 
 
-def tls_problem(exc: BaseException, where: str) -> FlopsError | None:
-    """What a failed handshake means for whoever dialled; None when it is none."""
+def tls_problem(
+    exc: BaseException, where: str, *, expected: str = "the cluster that this node has joined", hint: str = ""
+) -> FlopsError | None:
+    """What a failed handshake means for whoever dialled; None when it is none.
+
+    Args:
+        exc: what came of it.
+        where: what was dialled.
+        expected: who should have answered.
+        hint: what to do, the catalogue's if not given.
+    """
     found = _tls_error(exc)
     if found is None:
         return None
@@ -75,14 +112,16 @@ def tls_problem(exc: BaseException, where: str) -> FlopsError | None:
     if isinstance(found, ssl.SSLCertVerificationError):
         return FlopsError(
             ErrorCode.CERTIFICATE_REFUSED,
-            f"What answers at {where} is not the cluster that this node has joined: {found.verify_message}.",
+            f"What answers at {where} is not {expected}: {found.verify_message}.",
+            hint=hint or None,
         )
     if "ALERT" in reason:
         text = reason.lower().replace("_", " ")
         return FlopsError(ErrorCode.CERTIFICATE_REFUSED, f"{where} refuses this node's certificate: {text}.")
     return FlopsError(
         ErrorCode.ENCRYPTION_MISMATCH,
-        f"What answers at {where} does not encrypt, and this node speaks to it by TLS only.",
+        f"What answers at {where} does not encrypt, and is spoken to by TLS only.",
+        hint=hint or None,
     )
 
 

@@ -8,22 +8,19 @@ token, and only then sends `JoinRequest` to ``POST /api/node/join``, over TLS to
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.token_text import read_line, write_line
 
 AUTHORITY_PATH = "/api/node/authority"
+MANAGER_AUTHORITY_PATH = "/api/flops/authority"  # of the manager, for users' machines
 JOIN_PATH = "/api/node/join"
 RENEWAL_PATH = "/api/node/certificate"
 SERVICE_PATH = "/api/node/service-certificate"
 PEER_EXTENSION = "flops.peer"  # of a request's scope: the server puts a `PeerCertificate` there
 _PREFIX = "flops1."
-_LONGEST = 2_000
 
 
 class JoinToken(Value):
@@ -36,8 +33,7 @@ class JoinToken(Value):
 
     def text(self) -> str:
         """The token as people copy it."""
-        raw = json.dumps([self.cluster, self.fingerprint, self.id, self.secret], separators=(",", ":"))
-        return _PREFIX + base64.urlsafe_b64encode(raw.encode()).decode().rstrip("=")
+        return write_line(_PREFIX, self.cluster, self.fingerprint, self.id, self.secret)
 
     @classmethod
     def parse(cls, text: str) -> JoinToken:
@@ -46,12 +42,10 @@ class JoinToken(Value):
         Raises:
             FlopsError: ``join_refused`` for what is none, such as half of one.
         """
-        coded = text.strip()[:_LONGEST].removeprefix(_PREFIX)
         try:
-            raw = json.loads(base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True))
-            cluster, fingerprint, invitation_id, secret = raw
+            cluster, fingerprint, invitation_id, secret = read_line(_PREFIX, text)
             return cls(cluster=cluster, fingerprint=fingerprint, id=invitation_id, secret=secret)
-        except (ValueError, TypeError, binascii.Error, ValidationError) as exc:
+        except ValueError as exc:
             raise FlopsError(
                 ErrorCode.JOIN_REFUSED,
                 "That is no token of FLOps, or not a whole one.",
@@ -60,9 +54,9 @@ class JoinToken(Value):
 
 
 class AuthorityShown(Value):
-    """Whom nodes of this cluster trust."""
+    """Whom nodes of this cluster trust, and users."""
 
-    certificate: str  # PEM
+    certificate: str  # PEM; "" where nothing is signed by an authority of the cluster
 
 
 class JoinRequest(Value):

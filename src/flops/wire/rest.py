@@ -3,6 +3,7 @@
 | method, path | body | answer |
 |---|---|---|
 | GET / | | `Message` ("ok") |
+| GET /api/flops/authority | | `AuthorityShown` |
 | GET /api/flops/status | | `ControlStatus` |
 | POST /api/flops/projects | project SLA | `ProjectCreated` |
 | POST /api/flops/projects/plan | project SLA | `ProjectPlan` |
@@ -30,8 +31,8 @@
 | DELETE /api/flops/registry | | `Message` |
 | POST /api/flops/blobs | bytes | `BlobStored` |
 
-Every path is also served with a trailing slash. Errors have one shape, `ErrorBody`. All but ``GET /`` and the
-documentation need ``Authorization: Bearer <admin token>``.
+Every path is also served with a trailing slash. Errors have one shape, `ErrorBody`. All but ``GET /``, the
+authority and the documentation need ``Authorization: Bearer <admin token>``.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class ControlStatus(Value):
 
     version: str
     manager_url: str
+    manager_host: str = ""  # the address it listens on
+    authority_file: str = ""  # there: certificate that the manager is known by; "" when it needs none of ours
     cluster_address: str  # what to give to `NodeEngine -a`, as host:port
     is_cluster_encrypted: bool = False  # then nodes join by a token
     tracking_url: str

@@ -34,6 +34,7 @@ from flops.control.lifetime import (
     TRACKING_FOLDER,
     run_until_told,
 )
+from flops.core.address import reached_elsewhere, reached_here, with_port
 from flops.core.health import is_loopback
 from flops.core.sla import Packaging
 from flops.durable_file import keep_token, remove_unfinished
@@ -52,6 +53,7 @@ from flops.registry.repositories import Repositories
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus, InvitationMade, InvitationRequest
 from flops.wiring.cluster_port import guarded, with_registry
+from flops.wiring.manager_certificate import ManagerTls, open_manager_tls
 
 if TYPE_CHECKING:
     from flops.wiring.cluster_security import ClusterSecurity
@@ -126,16 +128,9 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     token = keep_token(folder / ADMIN_TOKEN_FILE)
     ports = KeptPorts(folder)
 
-    tracking = MlflowServer(
-        folder / TRACKING_FOLDER,
-        settings.host,
-        ports.wanted("tracking", settings.tracking_port),
-        inherited_environment(),
-    )
-    tracking.start()
-    parts.callback(tracking.stop)
-
+    tracking = _start_tracking(settings, ports, parts)
     blobs = FileBlobs(folder / "blobs")
+    tls = open_manager_tls(settings, clock, parts)
     security = _open_security(settings, parts, clock)
     orchestrator = _open_orchestrator(folder, clock, security)
     packages, sweeps = _open_packages(settings, blobs, parts)
@@ -145,13 +140,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     parts.callback(cluster.close)
 
     store = SqlProjectStore(folder / PROJECTS_FILE)
-    repos = GitRepos(
-        blobs,
-        folder / "repositories",
-        environ=inherited_environment(),
-        mlflow_version=version("mlflow"),
-        platform=this_platform(),
-    )
+    repos = _open_repos(folder, blobs)
     engine = Engine(
         store=store,
         orchestrator=orchestrator,
@@ -168,7 +157,9 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         is_ready = tracking.is_ready()
         return ControlStatus(
             version=flops.__version__,
-            manager_url=f"http://{settings.host}:{manager.port}",
+            manager_url=_manager_url(settings, tls, manager.port),
+            manager_host=settings.host,
+            authority_file=tls.authority_file,
             cluster_address=f"{settings.cluster_host}:{cluster.port}",
             is_cluster_encrypted=security is not None,
             tracking_url=tracking.url,
@@ -184,8 +175,17 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 
     shelf = _open_shelf(settings, store, images, engine, orchestrator)
     invite = _invite(settings, security, lambda: cluster.port)
-    app = build_manager_app(engine, token=token, status=status, blobs=blobs, images=shelf, invite=invite)
-    manager = HttpServer(app, settings.host, ports.wanted("manager", settings.manager_port))
+    app = build_manager_app(
+        engine,
+        token=token,
+        status=status,
+        blobs=blobs,
+        images=shelf,
+        invite=invite,
+        authority=tls.authority,
+    )
+    port = ports.wanted("manager", settings.manager_port)
+    manager = HttpServer(app, settings.host, port, tls=tls.context)
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
@@ -196,6 +196,30 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     manager.start()
     ports.keep({"manager": manager.port, "cluster": cluster.port, "tracking": tracking.port})
     return status().model_dump()
+
+
+def _start_tracking(settings: ControlSettings, ports: KeptPorts, parts: ExitStack) -> MlflowServer:
+    port = ports.wanted("tracking", settings.tracking_port)
+    folder = settings.control_dir / TRACKING_FOLDER
+    tracking = MlflowServer(folder, settings.host, port, inherited_environment())
+    tracking.start()
+    parts.callback(tracking.stop)
+    return tracking
+
+
+def _open_repos(folder: Path, blobs: FileBlobs) -> GitRepos:
+    return GitRepos(
+        blobs,
+        folder / "repositories",
+        environ=inherited_environment(),
+        mlflow_version=version("mlflow"),
+        platform=this_platform(),
+    )
+
+
+def _manager_url(settings: ControlSettings, tls: ManagerTls, port: int) -> str:
+    scheme = "http" if tls.context is None else "https"
+    return f"{scheme}://{with_port(reached_here(settings.host), port)}"
 
 
 def _open_orchestrator(
@@ -252,14 +276,8 @@ def _invite(
                 f"The cluster at {settings.cluster_host} does not encrypt: nodes join it without a token.",
                 hint="FLOPS_CLUSTER_HOST names an address that other machines reach; see docs/security.md.",
             )
-        host = wanted.address or settings.cluster_host
-        if host in {"0.0.0.0", "::"}:  # noqa: S104 (looked for, not bound)
-            raise FlopsError(
-                ErrorCode.USAGE,
-                f"The cluster listens on all addresses ({host}): which one do the nodes reach?",
-                hint="Say it with --address.",
-            )
-        cluster = f"[{host}]:{port()}" if ":" in host else f"{host}:{port()}"
+        host = reached_elsewhere(settings.cluster_host, wanted.address, "The cluster")
+        cluster = with_port(host, port())
         token = security.admission.invite(
             cluster, nodes=wanted.nodes, for_s=wanted.for_s, addons=wanted.addons
         )

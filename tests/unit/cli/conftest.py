@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,12 @@ class Outcome:
 class Manager:
     """A served manager that can go away and come back on the same port."""
 
-    def __init__(self, cluster: PlayedCluster) -> None:
+    def __init__(
+        self, cluster: PlayedCluster, tls: ssl.SSLContext | None = None, authority: str = ""
+    ) -> None:
         self.cluster = cluster
+        self.tls = tls
+        self.authority = authority
         self.port = 0
         self.images: RegisteredImages | None = None
         self.start()
@@ -58,18 +63,24 @@ class Manager:
             status=self.status,
             blobs=self.cluster.blobs,
             images=self.cluster.shelf(self.images),
+            authority=self.authority,
         )
-        self._server = HttpServer(app, "127.0.0.1", self.port)
+        self._server = HttpServer(app, "127.0.0.1", self.port, tls=self.tls)
         self._server.start()
         self.port = self._server.port
 
     def stop(self) -> None:
         self._server.close()
 
+    @property
+    def url(self) -> str:
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
+
     def status(self) -> ControlStatus:
         return ControlStatus(
             version="0",
-            manager_url=f"http://127.0.0.1:{self.port}",
+            manager_url=self.url,
+            manager_host="127.0.0.1",
             cluster_address="127.0.0.1:10100",
             tracking_url="http://mlflow.example",
             is_tracking_ready=False,
@@ -99,7 +110,7 @@ def manager() -> Iterator[Manager]:
 def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Flops:
     """Runs `flops` with a home of its own, and without a manager."""
     monkeypatch.setenv("FLOPS_HOME", str(tmp_path / "home"))
-    for name in ("FLOPS_URL", "FLOPS_TOKEN_FILE"):
+    for name in ("FLOPS_URL", "FLOPS_TOKEN_FILE", "FLOPS_AUTHORITY_FILE", "FLOPS_INSECURE"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: object) -> Outcome:
