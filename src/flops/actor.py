@@ -52,6 +52,7 @@ class ActorContext:
         authority: certificate (PEM) of the cluster's authority, "" where the cluster does not encrypt.
         key: what this service shows to the cluster, beside its id; "" likewise.
         identity: file with key and certificate of a service that others dial by TLS; "" without TLS.
+        has_open_network: users' code may dial any address.
         disclosure: what the node reveals about failures of users' code, a value of `Disclosure`.
         config: the kind's configuration, one of the models of `flops.wire.services`, as JSON.
     """
@@ -73,6 +74,7 @@ class ActorContext:
     authority: str = ""
     key: str = ""
     identity: str = ""
+    has_open_network: bool = False
     disclosure: str = Disclosure.FULL.value
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -398,7 +398,7 @@ class Runtime(Protocol):
         ...
 
     def limits(self) -> tuple[tuple[str, ...], str]:
-        """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
+        """Which limits can be enforced here (memory, cpu, pids, files, network, signals); why not all."""
         ...
 
 

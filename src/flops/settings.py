@@ -142,6 +142,11 @@ class NodeSettings(Settings):
     container_socket: Path | None = Field(
         None, description="socket of Docker or Podman; found if not given; DOCKER_HOST"
     )
+    open_network: str = Field(
+        "off",
+        pattern="^(on|off)$",
+        description="`on`: users' code may dial any address, and not only what its service needs",
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
 

@@ -318,6 +318,12 @@ class TestImages:
         until(lambda: "up" in runtime.output(S1))
         assert runtime.output(S1).startswith("['of-the-image'] ['too'] 65532\n")
         assert not images.unload(reference, image)
+        # What holds it to its ports needs nothing of the image, which has neither an interpreter nor a libc.
+        runtime.remove(S1)
+        runtime.start(S1, ["/missing"], {}, tmp_path, Resources(), Reach(image=name, dials=()))
+        if "network" in runtime.limits()[0]:
+            assert self.end(runtime).exit_code == 127
+            assert runtime.output(S1) == "/missing cannot be started: No such file or directory\n"
         runtime.remove(S1)
         assert images.unload(reference, image)
         assert any_engine.image(name) is None

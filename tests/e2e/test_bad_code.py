@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        not {"memory", "pids", "files", "signals"} <= LIMITS, reason=f"only {sorted(LIMITS)} are limited here"
+        not {"memory", "pids", "files", "network", "signals"} <= LIMITS,
+        reason=f"only {sorted(LIMITS)} are limited here",
     ),
 ]
 chaos = pytest.mark.chaos
@@ -42,6 +43,7 @@ class Bad:
 FORK = "while True:\n try: os.fork()\n except OSError: pass"
 BAD_CODE = [
     Bad("outside-writer", "open('/etc/flops-was-here', 'w')", "PermissionError"),
+    Bad("dialler", "import socket; socket.create_connection(('127.0.0.1', 9))", "PermissionError"),
     Bad("exit", "import sys; sys.exit(3)", "SystemExit"),
     Bad("memory-eater", "hoard = [b'x' * 1_000_000 for _ in iter(int, 1)]", "needed more memory"),
     Bad("endless-loop", "while True: pass", "it did not answer in time"),

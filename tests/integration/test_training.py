@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flops.adapters.memory_tracker import MemoryTracker
 from flops.core.project import Round
 from flops.core.sla import EarlyStopping, Strategy, TargetMetric
 from flops.errors import ErrorCode, FlopsError
+from flops.network_rules import can_restrict
 from flops.testing.training_stage import AGGREGATOR, LEARNER_TOKEN, PROJECT, TrainingStage
 
 FAILING_FIT = {"self.center += (": "raise RuntimeError('the sensor is broken')\n        self.center += ("}
@@ -235,6 +237,27 @@ def test_code_that_cannot_be_loaded_is_told_before_the_first_round(stage: Traini
     error = training.failure()
     assert error.code is ErrorCode.USER_CODE_FAILED
     assert "model_manager.py, line 1: ModuleNotFoundError" in error.message
+
+
+@pytest.mark.skipif(not can_restrict(), reason="the network of processes cannot be limited here")
+@pytest.mark.parametrize("has_open_network", [False, True])
+def test_code_that_makes_a_model_dials_nobody(stage: TrainingStage, *, has_open_network: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dial = (
+            f"import socket\n        socket.create_connection({listener.getsockname()}, 5); exit(7)\n        "
+        )
+        repo = stage.repo(changes={"return [self.center": f"{dial}return [self.center"})
+        context = stage.aggregator_context(stage.config(), repo, has_open_network=has_open_network)
+        error = stage.train_in_thread(context).failure()
+        assert error.code is ErrorCode.USER_CODE_FAILED
+        listener.settimeout(0)
+        if has_open_network:
+            assert "SystemExit" in error.message
+            listener.accept()[0].close()
+        else:
+            assert "PermissionError" in error.message
+            with pytest.raises(BlockingIOError):
+                listener.accept()
 
 
 def test_learners_that_do_not_come_are_not_waited_for_without_end(stage: TrainingStage) -> None:

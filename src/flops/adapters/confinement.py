@@ -1,4 +1,4 @@
-"""Keeps a service's process to its own files and processes: Landlock, namespaces, capabilities, rlimits.
+"""Keeps a service's process to its own files, processes and ports: Landlock, namespaces, rlimits, seccomp.
 
 `confine` is called between fork and exec; what it sets holds for the process and all its descendants, for
 good. No part of it needs root. As root, the service also gets a ``/dev/shm`` and System V IPC of its own that
@@ -21,11 +21,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LIMITS = ("files", "signals")
+from flops.network_rules import can_restrict, check, landlock_version, restrict
+
+LIMITS = ("files", "network", "signals")
 OPEN_FILES = 16_384  # of one process
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
-_ASK_VERSION = 1
 _PATH_BENEATH = 1
 _FILES_VERSION = 3  # before Linux 6.2 files outside could be cut to nothing
 _SIGNALS_VERSION = 6  # Linux 6.12
@@ -61,31 +62,27 @@ class Confinement:
         hidden: files and folders that it may not use; everything else can be read, apart from devices.
         readable: what it may read although it is hidden.
         writable: folders that it may write to. Nothing else can be written.
+        dials: TCP ports that it may connect to; None for any network.
+        listens: TCP ports that it may listen at, if `dials` says something.
     """
 
     hidden: tuple[str, ...]
     readable: tuple[str, ...]
     writable: tuple[str, ...]
+    dials: tuple[int, ...] | None = None
+    listens: tuple[int, ...] = ()
 
 
 def limits() -> tuple[tuple[str, ...], str]:
     """Which of `LIMITS` this machine's kernel can enforce, and why not all of them."""
     version = landlock_version()
-    found = tuple(
-        name
-        for name, needed in zip(LIMITS, (_FILES_VERSION, _SIGNALS_VERSION), strict=True)
-        if version >= needed
-    )
+    can = (version >= _FILES_VERSION, can_restrict(), version >= _SIGNALS_VERSION)
+    found = tuple(name for name, is_there in zip(LIMITS, can, strict=True) if is_there)
     if len(found) == len(LIMITS):
         return found, ""
     missing = ", ".join(name for name in LIMITS if name not in found)
     has = f"has version {version} of Landlock" if version else "has no Landlock"
-    return found, f"{missing}: the kernel {has} (files need Linux 6.2, signals 6.12)"
-
-
-def landlock_version() -> int:
-    """Version of the kernel's Landlock; 0 when there is none."""
-    return max(0, int(_libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _ASK_VERSION)))
+    return found, f"{missing}: the kernel {has} (files need Linux 6.2, network 6.7, signals 6.12)"
 
 
 def confine(confinement: Confinement) -> None:
@@ -97,10 +94,12 @@ def confine(confinement: Confinement) -> None:
     limit_handles()
     _take_private_memory()
     _drop_capabilities()
-    _check(_libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "give up privileges")
+    check(_libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "give up privileges")
     version = landlock_version()
     if version:
         _restrict_files(confinement, version)
+    if confinement.dials is not None and can_restrict():
+        restrict(confinement.dials, confinement.listens)
 
 
 def limit_handles() -> None:
@@ -117,11 +116,11 @@ def _take_private_memory() -> None:
         return
     # Mounts of the machine still come and go here, but none of ours is seen there.
     flags = ctypes.c_ulong(_MOUNT_RECURSIVE | _MOUNT_SLAVE)
-    _check(_libc.mount(b"none", b"/", None, flags, None), "part its mounts")
+    check(_libc.mount(b"none", b"/", None, flags, None), "part its mounts")
     if Path(_SHARED_MEMORY).is_dir():
         flags = ctypes.c_ulong(_MOUNT_NOSUID | _MOUNT_NODEV)
         target = _SHARED_MEMORY.encode()
-        _check(_libc.mount(b"tmpfs", target, b"tmpfs", flags, b"mode=1777"), f"mount {_SHARED_MEMORY}")
+        check(_libc.mount(b"tmpfs", target, b"tmpfs", flags, b"mode=1777"), f"mount {_SHARED_MEMORY}")
 
 
 def _drop_capabilities() -> None:
@@ -137,7 +136,7 @@ def _restrict_files(confinement: Confinement, version: int) -> None:
             handled &= ~right
     scopes = _SCOPES if version >= _SIGNALS_VERSION else 0
     attributes = struct.pack("=QQQ", handled, 0, scopes)
-    rules = _check(
+    rules = check(
         _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0), "make a ruleset"
     )
     for path in visible_beside(("/dev", *confinement.hidden)):
@@ -146,7 +145,7 @@ def _restrict_files(confinement: Confinement, version: int) -> None:
         _allow(rules, readable, _READ & handled)
     for writable in (*confinement.writable, *_devices()):
         _allow(rules, writable, _WRITE & handled)
-    _check(_libc.syscall(_RESTRICT_SELF, rules, 0), "restrict itself")
+    check(_libc.syscall(_RESTRICT_SELF, rules, 0), "restrict itself")
     os.close(rules)
 
 
@@ -188,13 +187,6 @@ def _allow(rules: int, path: str, rights: int, *, follow: bool = True) -> None:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= _OF_FILES
         rule = struct.pack("=Qi", rights, descriptor)
-        _check(_libc.syscall(_ADD_RULE, rules, _PATH_BENEATH, rule, 0), f"allow {path}")
+        check(_libc.syscall(_ADD_RULE, rules, _PATH_BENEATH, rule, 0), f"allow {path}")
     finally:
         os.close(descriptor)
-
-
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"it cannot {what}: {os.strerror(number)}")
-    return result

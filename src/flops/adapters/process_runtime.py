@@ -160,7 +160,11 @@ class ProcessRuntime:
             with contextlib.suppress(OSError):  # it is missed where it is used
                 Path(folder).mkdir(parents=True, exist_ok=True)
         return confinement.Confinement(
-            hidden=self._hidden, readable=reach.readable, writable=(str(work_dir), *reach.writable)
+            hidden=self._hidden,
+            readable=reach.readable,
+            writable=(str(work_dir), *reach.writable),
+            dials=reach.dials,
+            listens=reach.listens,
         )
 
     def _start_shim(self, service_id: ServiceId, folder: Path) -> None:
@@ -248,7 +252,7 @@ class ProcessRuntime:
         return read_output_of(self._output_path(service_id), after, limit_bytes)
 
     def limits(self) -> tuple[tuple[str, ...], str]:
-        """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
+        """Which limits can be enforced here (memory, cpu, pids, files, network, signals); why not all."""
         groups, why_not_groups = self._limiter.limits()
         kernel, why_not_kernel = confinement.limits()
         return (*groups, *kernel), "; ".join(filter(None, (why_not_groups, why_not_kernel)))

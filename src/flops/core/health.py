@@ -33,13 +33,14 @@ MEMORY_PROBLEM_PERCENT = 97.0
 RESTARTS_WARNING = 3
 _FOR_GROUPS = "Run the NodeEngine as root or by systemd, for limits."
 _FOR_CONFINEMENT = (
-    "Use a kernel with Landlock (Linux 6.12), to keep services to their own files and processes."
+    "Use a kernel with Landlock (Linux 6.12), to keep services to their own files, processes and ports."
 )
 _LIMITS = {  # and what a node needs to hold services to them
     "memory": _FOR_GROUPS,
     "cpu": _FOR_GROUPS,
     "pids": _FOR_GROUPS,
     "files": _FOR_CONFINEMENT,
+    "network": _FOR_CONFINEMENT,
     "signals": _FOR_CONFINEMENT,
 }
 

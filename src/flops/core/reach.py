@@ -1,4 +1,4 @@
-"""Which of a node's own files a service may use."""
+"""Which of a node's own files a service may use, and which network."""
 
 from __future__ import annotations
 
@@ -13,4 +13,6 @@ class Reach(Value):
 
     readable: tuple[str, ...] = ()  # files and folders of the node that it may read
     writable: tuple[str, ...] = ()  # folders that it may write to
+    dials: tuple[int, ...] | None = None  # TCP ports that it may connect to; None for any network
+    listens: tuple[int, ...] = ()  # TCP ports that it may listen at, if `dials` says something
     image: str = ""  # the container image that it runs in; "" for the node's own system and programs

@@ -77,6 +77,7 @@ class NodeSite:
         inherited: the daemon's environment variables.
         authority: certificate of the cluster's authority, "" where it does not encrypt.
         disclosure: what the operator lets others see when users' code fails here.
+        has_open_network: users' code may dial any address here.
     """
 
     name: str
@@ -88,6 +89,7 @@ class NodeSite:
     inherited: Mapping[str, str]
     authority: str = ""
     disclosure: Disclosure = Disclosure.FULL
+    has_open_network: bool = False
 
     def hides_output(self, kind: ServiceKind) -> bool:
         """Whether the output of services of a kind stays here: users' code writes to it."""
@@ -162,6 +164,7 @@ class Preparer:
             authority=self.site.authority,
             key=spec.key if self.site.authority else "",
             identity=self._identity_of(spec, folder),
+            has_open_network=self.site.has_open_network,
             disclosure=self.site.disclosure.value,
             config=spec.config,
         )
@@ -240,5 +243,5 @@ class Preparer:
             argv=(python, "-m", *module, str(context_file)),
             env=env,
             work_dir=Path(context.work_dir),
-            reach=Reach(image=image) if image else service_reach(spec.kind, context, env),
+            reach=service_reach(spec.kind, context, env, image),
         )

@@ -1,4 +1,4 @@
-"""What each kind of service may use of its node's files, beside its work folder."""
+"""What each kind of service may use of its node's files, beside its work folder, and of the network."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from flops.core.reach import Reach
 _OWN_PROGRAMS = (sys.prefix, sys.base_prefix, str(Path(flops.__file__).resolve().parents[1]))
 
 
-def service_reach(kind: ServiceKind, context: ActorContext, environ: Mapping[str, str]) -> Reach:
+def service_reach(
+    kind: ServiceKind, context: ActorContext, environ: Mapping[str, str], image: str = ""
+) -> Reach:
     """What a service may use.
 
-    All read their own bundle, our modules and the environments. Builders also write environments and uv's
-    cache, mock data providers the cache of Hugging Face.
+    All read their own bundle, our modules and the environments; with an image, those of the image. Builders
+    also write environments and uv's cache, mock data providers the cache of Hugging Face.
+
+    Learners dial their aggregator and the node's data server, inference services nobody. An aggregator's own
+    process is ours; it holds its children with users' code to no port at all.
 
     Args:
         kind: of the service.
         context: of the service.
         environ: the service's environment variables.
+        image: that it runs in; "" for none.
     """
+    dials, listens = (None, ()) if context.has_open_network else _ports(kind, context)
+    if image:
+        return Reach(dials=dials, listens=listens, image=image)
     bundle = (context.repo_dir,) if context.repo_dir else ()
     readable = (*_OWN_PROGRAMS, context.kit_dir, context.environments_dir, *bundle)
     writable: tuple[str, ...] = ()
@@ -32,7 +41,22 @@ def service_reach(kind: ServiceKind, context: ActorContext, environ: Mapping[str
         writable = (context.environments_dir, context.images_dir, _cache(environ, "UV_CACHE_DIR", "uv"))
     elif kind is ServiceKind.MOCK_DATA_PROVIDER:
         writable = (_cache(environ, "HF_HOME", "huggingface"),)
-    return Reach(readable=readable, writable=writable)
+    return Reach(readable=readable, writable=writable, dials=dials, listens=listens)
+
+
+def _ports(kind: ServiceKind, context: ActorContext) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """The ports that a service dials, None for any, and those that it listens at."""
+    if kind is ServiceKind.LEARNER:
+        return _ports_of(context.config.get("aggregator"), context.data_address), ()
+    if kind is ServiceKind.INFERENCE:
+        return (), _ports_of(context.config.get("port"))
+    return None, ()
+
+
+def _ports_of(*addresses: object) -> tuple[int, ...]:
+    """Ports of addresses as ``host:port``; what is none is for the service to refuse."""
+    ports = (str(address).rpartition(":")[2] for address in addresses)
+    return tuple(int(port) for port in ports if port.isdecimal() and int(port) < 65_536)
 
 
 def _cache(environ: Mapping[str, str], variable: str, name: str) -> str:

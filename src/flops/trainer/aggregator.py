@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flops import network_rules
 from flops.actor import CONTEXT_FILE, ActorContext, EventLog
 from flops.core.ids import ProjectId
 from flops.core.project import Round
@@ -270,6 +272,8 @@ class Training:
         if not python:
             raise FlopsError(ErrorCode.INTERNAL, f"The service has no environment for what {doing}.")
         argv = [python, "-m", module, str(self._work_dir / CONTEXT_FILE), *arguments]
+        if not self._context.has_open_network and network_rules.can_restrict():
+            argv = [*network_rules.command([sys.executable], network_rules.__file__, (), ()), *argv]
         child = ModelProcess(
             argv,
             self._environ,

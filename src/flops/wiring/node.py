@@ -174,6 +174,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         inherited=inherited_environment(),
         authority=membership.authority,
         disclosure=conf.disclosure,
+        has_open_network=NodeSettings.read().open_network == "on",
     )
     fetch = HttpBlobClient(blobs_url, verify=tls if tls is not None else True).fetch
     bundles = BundleStore(paths.bundles, fetch)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from flops.adapters.containers.detection import engine_findings, engine_socket
-from flops.adapters.containers.engine import ContainerEngine, EngineRefusedError
+from flops.adapters.containers.engine import ContainerEngine, EngineFacts, EngineRefusedError
 from flops.core.health import Severity
 from flops.errors import ErrorCode, FlopsError
+from flops.network_rules import can_restrict
 
 PODMAN = {"Version": "4.3.1", "Components": [{"Name": "Podman Engine"}]}
 DOCKER = {"Version": "27.0", "Components": [{"Name": "Engine"}]}
@@ -91,6 +92,17 @@ def test_limits_are_what_the_engine_really_holds(
     assert (facts.is_rootless, facts.limits) == (rootless, limits)
     severities = {finding.severity for finding in engine_findings(socket, is_preferred=True)}
     assert (Severity.WARNING in severities) is (len(limits) < 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "is_possible"),
+    [("docker", "20.10.24+dfsg1", False), ("docker", "23.0.1", True), ("podman", "4.3.1", True)],
+)
+def test_an_old_docker_lets_nobody_ask_for_rules_of_the_network(
+    name: str, version: str, is_possible: bool
+) -> None:
+    facts = EngineFacts(name=name, version=version, cgroup_version=2, is_rootless=False, limits=())
+    assert facts.can_restrict_network is (is_possible and can_restrict())
 
 
 def test_a_refusal_has_the_engines_own_words(played: PlayedEngine, socket: Path) -> None:

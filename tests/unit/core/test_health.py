@@ -31,7 +31,7 @@ from flops.core.health import (
 from flops.core.ids import NodeId, ServiceId
 
 NOW_S = 1_000_000.0
-FACTS = NodeFacts(flops_version="1.0", limits=("memory", "cpu", "pids", "files", "signals"))
+FACTS = NodeFacts(flops_version="1.0", limits=("memory", "cpu", "pids", "files", "network", "signals"))
 
 
 def a_node(name: str = "pi", **changes: Any) -> Node:
@@ -109,10 +109,10 @@ def test_a_healthy_node_has_no_finding() -> None:
             {"facts": FACTS.model_copy(update={"limits": (), "limits_note": "No groups."})},
             Severity.INFO,
             "limits",
-            "memory, cpu, pids, files, signals. No groups.",
+            "memory, cpu, pids, files, network, signals. No groups.",
         ),
         (
-            {"facts": FACTS.model_copy(update={"limits": FACTS.limits[:4], "limits_note": "signals: old."})},
+            {"facts": FACTS.model_copy(update={"limits": FACTS.limits[:5], "limits_note": "signals: old."})},
             Severity.INFO,
             "limits",
             "It cannot limit what services use or reach: signals. signals: old.",
@@ -133,7 +133,7 @@ def test_each_fault_is_found_and_named(
 @pytest.mark.parametrize(
     ("limits", "advice"),
     [
-        (("cpu", "files", "signals"), ["root"]),
+        (("cpu", "files", "network", "signals"), ["root"]),
         (("memory", "cpu", "pids", "files"), ["Landlock"]),
         ((), ["root", "Landlock"]),
     ],

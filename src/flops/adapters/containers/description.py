@@ -10,6 +10,7 @@ from typing import Any
 from flops.adapters.confinement import OPEN_FILES
 from flops.adapters.containers.engine import EngineFacts
 from flops.adapters.containers.mounts import binds_of, empty_root, temporary_files
+from flops.adapters.containers.node_python import rules_binds, rules_command
 from flops.core.cluster import Resources
 from flops.core.reach import Reach
 
@@ -29,9 +30,13 @@ def describe(
     """The body of ``POST /containers/create``.
 
     No user is root, no right is kept, and nothing can be written but the work folder, what the reach names,
-    and file systems in memory.
+    and file systems in memory. Its own program is started by one of the node's, which holds it to its ports.
     """
     image = reach.image if reach is not None and reach.image else empty_root()[0]
+    binds = binds_of(argv, env, work_dir, reach)
+    if reach is not None and reach.dials is not None and facts.can_restrict_network:
+        argv = [*rules_command(reach.dials, reach.listens), *argv]
+        binds += rules_binds()
     return {
         "Image": image,
         "Entrypoint": [argv[0]],
@@ -40,7 +45,7 @@ def describe(
         "WorkingDir": str(work_dir),
         "User": _user(facts),
         "HostConfig": {
-            "Binds": binds_of(argv, env, work_dir, reach),
+            "Binds": binds,
             "NetworkMode": "host",
             "UsernsMode": "keep-id" if facts.is_rootless and facts.name == "podman" else "",
             "IpcMode": "private",

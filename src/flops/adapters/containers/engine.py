@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from flops.errors import ErrorCode, FlopsError
+from flops.network_rules import can_restrict
 
 TIMEOUT_S = 60.0
 _PULL_TIMEOUT_S = 600.0  # without any news
 _FRAME_HEAD_BYTES = 8
+_LANDLOCK_SINCE = 23  # Docker's version; with Podman, since the oldest that is used
 
 
 class EngineRefusedError(Exception):
@@ -52,6 +54,13 @@ class EngineFacts:
     cgroup_version: int
     is_rootless: bool
     limits: tuple[str, ...]
+
+    @property
+    def can_restrict_network(self) -> bool:
+        """Whether services can be held to ports: the kernel can, and the engine's filter lets them ask."""
+        major = self.version.partition(".")[0]
+        is_old = self.name == "docker" and major.isdecimal() and int(major) < _LANDLOCK_SINCE
+        return can_restrict() and not is_old
 
 
 class ContainerEngine:

@@ -310,7 +310,7 @@ class ContainerRuntime:
         return self._output.read(service_id, after, limit_bytes)
 
     def limits(self) -> tuple[tuple[str, ...], str]:
-        """Which limits can be enforced here ("memory", "cpu", "pids", "files", "signals"); why not all."""
+        """Which limits can be enforced here (memory, cpu, pids, files, network, signals); why not all."""
         try:
             facts = self._engine_facts()
         except FlopsError as error:
@@ -319,7 +319,10 @@ class ContainerRuntime:
         why = f"{', '.join(missing)}: {facts.name} does not limit it here" if missing else ""
         if missing and facts.is_rootless:
             why += " (without root, that needs control groups of version 2 that are delegated)"
-        return (*facts.limits, "files", "signals"), why
+        if facts.can_restrict_network:
+            return (*facts.limits, "files", "network", "signals"), why
+        no_network = "network: needs Landlock (Linux 6.7), and Docker 23 if it is Docker"
+        return (*facts.limits, "files", "signals"), "; ".join(filter(None, (why, no_network)))
 
     def _engine_facts(self) -> EngineFacts:
         if self._facts is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +25,30 @@ from flops.testing import waiting
 
 S1 = ServiceId("learner-p1-0")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (looked at only)
+DIALLING = """
+import json, os, socket, subprocess, sys
+given, other = (("127.0.0.1", int(port)) for port in sys.argv[1:3])
+inet, stream = socket.AF_INET, socket.SOCK_STREAM
+attempts = {
+    "given": lambda: socket.create_connection(given, 5),
+    "other": lambda: socket.create_connection(other, 5),
+    "sent": lambda: socket.socket().sendto(b"x", socket.MSG_FASTOPEN, other),
+    "listen": lambda: socket.create_server(("127.0.0.1", other[1] - 1)),
+    "free": lambda: socket.create_server(("127.0.0.1", 0)),
+    "udp": lambda: socket.socket(inet, socket.SOCK_DGRAM).sendto(b"x", other),
+    "mptcp": lambda: socket.socket(inet, stream, socket.IPPROTO_MPTCP).connect(other),
+    "local": lambda: socket.socketpair(),
+    "names": lambda: socket.getaddrinfo("localhost", 80),
+}
+def refusal(attempt):
+    try: attempt()
+    except OSError as error: return error.errno
+    return 0
+said = {name: refusal(attempt) for name, attempt in attempts.items()}
+dial = [sys.executable, "-I", "-c", f"import socket; socket.create_connection({other!r}, 5)"]
+assert (subprocess.run(dial, stderr=subprocess.DEVNULL).returncode == 0) == (said["other"] == 0)
+print(json.dumps(said))
+"""  # what it tells of each attempt is the number of the error; its children may do as much as it
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
@@ -211,8 +238,8 @@ class RuntimeContract:
 
     def test_limits_are_told(self, runtime: Runtime) -> None:
         limits, why_not_all = runtime.limits()
-        assert set(limits) <= {"memory", "cpu", "pids", "files", "signals"}
-        assert (len(limits) == 5) != bool(why_not_all)
+        assert set(limits) <= {"memory", "cpu", "pids", "files", "network", "signals"}
+        assert (len(limits) == 6) != bool(why_not_all)
 
     def test_memory_is_limited(self, runtime: Runtime, tmp_path: Path) -> None:
         if "memory" not in runtime.limits()[0]:
@@ -318,3 +345,20 @@ class RuntimeContract:
         said = self.run_confined(runtime, tmp_path, code)
         assert said.splitlines()[:2] == ["[1, 2]", "(0, 0) 16384"]
         assert os.geteuid() != 0 or set(SHARED_MEMORY.iterdir()) <= before
+
+    def test_a_service_dials_and_listens_where_it_may(self, runtime: Runtime, tmp_path: Path) -> None:
+        if "network" not in runtime.limits()[0]:
+            pytest.skip("the network is not limited here")
+        with socket.create_server(("127.0.0.1", 0)) as given, socket.create_server(("127.0.0.1", 0)) as other:
+            ports = [listener.getsockname()[1] for listener in (given, other)]
+            argv = [sys.executable, "-I", "-c", DIALLING, *map(str, ports)]
+            for reach, may in (
+                (Reach(dials=(ports[0],)), {"given", "free"}),
+                (Reach(dials=(), listens=(ports[1] - 1,)), {"listen", "free"}),
+                (Reach(), {"given", "other", "sent", "listen", "free", "udp", "mptcp"}),
+            ):
+                runtime.start(S1, argv, {"PATH": os.defpath}, tmp_path, Resources(), reach)
+                assert self.end(runtime).state is ServiceState.COMPLETED, runtime.output(S1)
+                said = json.loads(runtime.output(S1).splitlines()[-1])
+                assert {name for name, refusal in said.items() if not refusal} == may | {"local", "names"}
+                assert set(said.values()) <= {0, errno.EACCES}

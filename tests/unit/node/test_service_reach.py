@@ -1,0 +1,46 @@
+"""What each kind of service may dial, and where it may listen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flops.actor import ActorContext
+from flops.core.cluster import ServiceKind
+from flops.node.service_reach import service_reach
+
+LEARNER: dict[str, Any] = {"aggregator": "10.0.0.1:4242"}
+
+
+def a_context(config: dict[str, Any], **changes: Any) -> ActorContext:
+    return ActorContext("s1", "p1", "pi", "/work", data_address="[fd00::1]:11027", config=config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "dials", "listens"),
+    [
+        (ServiceKind.LEARNER, LEARNER, (4242, 11027), ()),
+        (ServiceKind.LEARNER, {"aggregator": "nonsense"}, (11027,), ()),
+        (ServiceKind.INFERENCE, {"port": 8080}, (), (8080,)),
+        (ServiceKind.INFERENCE, {}, (), ()),
+        (ServiceKind.AGGREGATOR, {}, None, ()),
+        (ServiceKind.BUILDER, {}, None, ()),
+    ],
+)
+@pytest.mark.parametrize("image", ["", "localhost:5000/flops/any"])
+def test_users_code_is_held_to_the_ports_of_its_service(
+    kind: ServiceKind,
+    config: dict[str, Any],
+    dials: tuple[int, ...] | None,
+    listens: tuple[int, ...],
+    image: str,
+) -> None:
+    reach = service_reach(kind, a_context(config), {}, image)
+    assert (reach.dials, reach.listens, reach.image) == (dials, listens, image)
+    assert bool(reach.readable) is not bool(image)
+
+
+def test_an_operator_can_open_the_network() -> None:
+    context = a_context(LEARNER, has_open_network=True)
+    assert service_reach(ServiceKind.LEARNER, context, {}).dials is None
