@@ -44,7 +44,7 @@ class ApiClient:
 
     def __init__(self, url: str, token: str, *, authority: str = "", silence_s: float = _SILENCE_S) -> None:
         self.url = url.rstrip("/")
-        host = _host_of(self.url)
+        host = host_of(self.url)
         self._http = httpx.Client(
             base_url=f"{self.url}/api/flops",
             headers={"Authorization": f"Bearer {token}"},
@@ -225,7 +225,12 @@ def _given(query: Mapping[str, Any]) -> dict[str, str | list[str]]:
     }
 
 
-def _host_of(url: str) -> str:
+def host_of(url: str) -> str:
+    """The host of a manager's URL.
+
+    Raises:
+        FlopsError: ``usage`` for what is none.
+    """
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:

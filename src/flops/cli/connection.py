@@ -178,14 +178,12 @@ def refuse_plain(url: str) -> None:
     """Refuse a manager on another machine whose address is without encryption.
 
     Raises:
-        FlopsError: ``encryption_mismatch``.
+        FlopsError: ``encryption_mismatch``; ``usage`` for what is no URL.
     """
-    from urllib.parse import urlsplit
-
+    from flops.cli.api_client import host_of
     from flops.core.health import is_loopback
 
-    parts = urlsplit(url)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+    if not is_loopback(host_of(url)) and url.lower().startswith("http:"):
         raise FlopsError(
             ErrorCode.ENCRYPTION_MISMATCH,
             f"The manager at {url} is on another machine, and its address says that it does not encrypt.",

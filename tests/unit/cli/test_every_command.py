@@ -26,7 +26,7 @@ def leaves(
 
 
 COMMANDS = list(leaves(typer.main.get_command(app)))
-NEED_NO_MANAGER = {"up", "down", "version", "data", "doctor"}
+NEED_NO_MANAGER = {"connect", "disconnect", "up", "down", "version", "data", "doctor"}
 
 
 def ids(item: object) -> str:
