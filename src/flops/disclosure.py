@@ -47,6 +47,7 @@ _OWN_WORDS = frozenset(  # codes whose messages are written by us, of things tha
         ErrorCode.NO_MATCHING_DATA,
         ErrorCode.SERVICE_FAILED,
         ErrorCode.OUT_OF_MEMORY,
+        ErrorCode.OUT_OF_STORAGE,
     }
 )
 

@@ -68,6 +68,7 @@ class ErrorCode(StrEnum):
     SERVICE_NOT_FOUND = "service_not_found"
     SERVICE_FAILED = "service_failed"
     OUT_OF_MEMORY = "out_of_memory"
+    OUT_OF_STORAGE = "out_of_storage"
     JOIN_REFUSED = "join_refused"
     CERTIFICATE_REFUSED = "certificate_refused"
     ENCRYPTION_MISMATCH = "encryption_mismatch"
@@ -206,6 +207,9 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ErrorCode.SERVICE_FAILED: ErrorSpec(502, 55, "`flops project logs --service …` shows its output."),
     ErrorCode.OUT_OF_MEMORY: ErrorSpec(
         507, 56, "Raise resource_constraints.memory (MB), or use less data at once."
+    ),
+    ErrorCode.OUT_OF_STORAGE: ErrorSpec(
+        507, 76, "Raise resource_constraints.storage (MB), or have the code write less."
     ),
     ErrorCode.JOIN_REFUSED: ErrorSpec(
         403, 57, "Get a new token with `flops node invite` on the machine of the control plane."

@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from flops.adapters import confinement
+from flops.adapters.containers.engine import ContainerEngine
+from flops.adapters.containers.runtime import ContainerRuntime
 from flops.adapters.control_groups import find_control_groups
 from flops.adapters.process_runtime import ProcessRuntime
 from flops.core.cluster import Resources, ServiceKind, ServiceSpec, ServiceState, ServiceStatus
@@ -24,7 +26,9 @@ from flops.errors import CATALOGUE, ErrorCode
 from flops.node.preparation import Launch, NodeSite, Preparer, Report
 from flops.node.service_folder import ServiceFolder
 from flops.node.supervisor import Supervisor
+from flops.ports import Runtime
 from flops.testing.disk import small_disk
+from flops.testing.podman import missing_for_podman, running_podman
 from flops.testing.waiting import until
 
 BAD, GOOD, ADDON = ServiceId("bad"), ServiceId("good"), ServiceId("data-server")
@@ -282,6 +286,52 @@ def test_who_fills_the_disk_is_ended_before_it_is_full(disk: Path, how: str) -> 
         assert ended.restarts == 0
         assert "sleep" not in how or "No space left" not in runtime.output(BAD)
         assert shutil.disk_usage(disk).free > 150 * 1024**2
+        assert supervisor.statuses()[GOOD].state is ServiceState.RUNNING
+    finally:
+        supervisor.stop_all("The test is over.")
+
+
+@pytest.fixture(params=["process", "container"])
+def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Runtime]:
+    root, output = tmp_path / "runtime", tmp_path / "logs"
+    if request.param == "process":
+        yield ProcessRuntime(root, output, find_control_groups())
+    elif missing_for_podman():
+        pytest.skip(missing_for_podman())
+    else:
+        with running_podman() as podman:
+            yield ContainerRuntime(root, output, ContainerEngine(podman.socket))
+
+
+def test_who_writes_more_than_its_storage_is_ended(runtime: Runtime, tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "services", GivenProgram(), runtime)
+
+    def start(service_id: ServiceId, size_mb: int) -> None:
+        fill = f"open(f'{{folder}}/file', 'wb').write(bytes({size_mb} * 512 * 1024))"
+        program = f"for folder in ('.', 'tmp'): {fill}\n{IDLE}"
+        supervisor.start(
+            ServiceSpec(
+                id=service_id,
+                project_id="p1",
+                kind=ServiceKind.LEARNER,
+                node_id=NodeId("n"),
+                config={"program": program},
+                resources=Resources(storage_mb=10),
+                max_restarts=5,
+            )
+        )
+
+    try:
+        start(GOOD, 9)
+        start(BAD, 11)
+        until(lambda: supervisor.statuses()[BAD].state is ServiceState.FAILED)
+        ended = supervisor.statuses()[BAD]
+        assert ended.error is not None
+        assert ended.error["code"] == ErrorCode.OUT_OF_STORAGE.value
+        assert "wrote 11 MB into its work folder, of which it may use 10 MB" in ended.detail
+        assert ended.restarts == 0
+        assert not list((tmp_path / "services" / BAD).rglob("file"))
+        until(lambda: runtime.output(GOOD) == "up\n")
         assert supervisor.statuses()[GOOD].state is ServiceState.RUNNING
     finally:
         supervisor.stop_all("The test is over.")

@@ -155,6 +155,7 @@ class Resources(Value):
     memory_mb: int | None = None
     vcpus: float | None = None
     pids: int | None = None
+    storage_mb: int | None = None  # of its work folder
     vgpus: int = 0  # GPUs of the node that it uses
 
     def bounded(self, machine_bytes: int | None) -> Resources:

@@ -37,12 +37,20 @@ Obstacle = Callable[[Node], str]  # why a node cannot take something, "" if it c
 
 def learner_resources(constraints: ResourceConstraints) -> Resources:
     """The limits under which a learner or an inference service runs."""
-    return Resources(memory_mb=constraints.memory + BASE_MEMORY_MB, vcpus=constraints.vcpus)
+    return _resources(constraints, BASE_MEMORY_MB)
 
 
 def aggregator_resources(constraints: ResourceConstraints) -> Resources:
     """The limits under which the aggregator runs."""
-    return Resources(memory_mb=constraints.memory + AGGREGATOR_BASE_MEMORY_MB, vcpus=constraints.vcpus)
+    return _resources(constraints, AGGREGATOR_BASE_MEMORY_MB)
+
+
+def _resources(constraints: ResourceConstraints, base_memory_mb: int) -> Resources:
+    return Resources(
+        memory_mb=constraints.memory + base_memory_mb,
+        vcpus=constraints.vcpus,
+        storage_mb=constraints.storage or None,
+    )
 
 
 def place_project(
@@ -189,13 +197,16 @@ def _place_learners(sla: ProjectSla, nodes: Sequence[Node], obstacle: Obstacle) 
 
 
 def _learner_room(sla: ProjectSla, node: Node) -> int:
-    """How many learners fit on a capable node: each needs its memory, its GPUs, and a row of its own."""
-    rows = node.rows_of(sla.training_configuration.data_tags)
-    if vgpus := sla.resource_constraints.vgpus:
-        rows = min(rows, len(node.facts.gpus) // vgpus)
-    if not node.facts.memory_mb:
-        return rows
-    return min(rows, node.facts.memory_mb // _memory_mb(learner_resources(sla.resource_constraints)))
+    """How many learners fit on a capable node: each needs memory, GPUs, storage, and a row of its own."""
+    asked = sla.resource_constraints
+    room = [node.rows_of(sla.training_configuration.data_tags)]
+    if asked.vgpus:
+        room.append(len(node.facts.gpus) // asked.vgpus)
+    if node.facts.memory_mb:
+        room.append(node.facts.memory_mb // _memory_mb(learner_resources(asked)))
+    if asked.storage and (free_mb := _free_mb(node)):
+        room.append(free_mb // asked.storage)
+    return min(room)
 
 
 def _first_capable(what: str, nodes: Sequence[Node], obstacle: Obstacle) -> NodeId:
@@ -290,10 +301,15 @@ def _resource_obstacle(node: Node, sla: ProjectSla, resources: Resources) -> str
         )
     if facts.cpu_cores < asked.vcpus:
         return f"{facts.cpu_cores} CPU cores, vcpus asks for {asked.vcpus:g}"
-    free_mb = node.load.disk_free_mb or facts.disk_free_mb
+    free_mb = _free_mb(node)
     if free_mb and free_mb < asked.storage:
         return f"{free_mb} MB of free disk, storage asks for {asked.storage} MB"
     return ""
+
+
+def _free_mb(node: Node) -> int:
+    """Free disk; 0 where it is not known."""
+    return node.load.disk_free_mb or node.facts.disk_free_mb
 
 
 def _gpu_obstacle(node: Node, asked: int) -> str:

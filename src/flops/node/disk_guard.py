@@ -1,4 +1,4 @@
-"""Ends services that fill the node's disk, before it is full."""
+"""Ends services that write more than they may, or fill the node's disk before it is full."""
 
 from __future__ import annotations
 
@@ -13,31 +13,43 @@ from flops.errors import ErrorCode, FlopsError
 
 RESERVE_BYTES = 512 * 1024**2  # kept free; of a disk below 5 GiB, a tenth
 MEASURE_INTERVAL_S = 0.25
+_SPACING = 20  # of the time, measuring takes at most one part in so many
 _FRESH_S = 5.0  # how long a measured size counts
 
 
 class DiskGuard:
     """Watches the disk under the services' work folders; thread-safe, one for all services of a node.
 
-    While enough is free, a look costs a system call. Only below the reserve are folders measured. Then the
-    service with the largest folder is to be ended, if that gives back at least as much as the reserve: else
-    it is not a service that fills the disk.
+    While enough is free, a look costs a system call, unless the service has a limit. Only below the reserve
+    are all folders measured. Then the service with the largest folder is to be ended, if that gives back at
+    least as much as the reserve: else it is not a service that fills the disk.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sizes: dict[ServiceId, tuple[float, int]] = {}  # when measured, and how large
+        self._next_s: dict[ServiceId, float] = {}  # when those with a limit are to be measured again
 
     def problem_of(
-        self, service_id: ServiceId, work_dir: Path, *, has_failed: bool = False
+        self,
+        service_id: ServiceId,
+        work_dir: Path,
+        limit_mb: int | None = None,
+        *,
+        has_failed: bool = False,
     ) -> FlopsError | None:
         """Why a service has to be ended now; None when it may go on. To be asked often while it runs.
 
         Args:
             service_id: the service.
             work_dir: its work folder.
+            limit_mb: what that may hold at most; None for all that is free.
             has_failed: it has ended by itself: was that because it filled the disk?
         """
+        if limit_mb is not None and not has_failed:
+            problem = self._overrun(service_id, work_dir, limit_mb)
+            if problem is not None:
+                return problem
         try:
             disk = shutil.disk_usage(work_dir)
         except OSError:
@@ -47,7 +59,8 @@ class DiskGuard:
         with self._lock:
             before_s, _ = self._sizes.get(service_id, (None, 0))
         if disk.free >= reserve:
-            self.forget(service_id)
+            with self._lock:
+                self._sizes.pop(service_id, None)
             return None
         if not has_failed and before_s is not None and now_s - before_s < MEASURE_INTERVAL_S:
             return None
@@ -66,10 +79,30 @@ class DiskGuard:
             hint="Have the code write less, or free space on the node; what it wrote was removed.",
         )
 
+    def _overrun(self, service_id: ServiceId, work_dir: Path, limit_mb: int) -> FlopsError | None:
+        """Measure the folder of a service with a limit, however much is free; seldom if that takes long."""
+        begun_s = time.monotonic()
+        with self._lock:
+            if begun_s < self._next_s.get(service_id, begun_s):
+                return None
+        size_mb = folder_bytes(work_dir) / 1024**2
+        now_s = time.monotonic()
+        with self._lock:
+            self._next_s[service_id] = now_s + max(MEASURE_INTERVAL_S, _SPACING * (now_s - begun_s))
+        if size_mb <= limit_mb:
+            return None
+        self.forget(service_id)
+        return FlopsError(
+            ErrorCode.OUT_OF_STORAGE,
+            f"{service_id} wrote {size_mb:.0f} MB into its work folder, of which it may use {limit_mb} MB; "
+            "what it wrote was removed.",
+        )
+
     def forget(self, service_id: ServiceId) -> None:
         """Drop what was measured of a service."""
         with self._lock:
             self._sizes.pop(service_id, None)
+            self._next_s.pop(service_id, None)
 
 
 def reserve_bytes(disk_bytes: int) -> int:

@@ -190,7 +190,8 @@ class ServiceRunner:
         """Wait for the service's end; None when it has to be stopped.
 
         Raises:
-            FlopsError: ``disk_full`` when it was ended for what it wrote; a new start would write it again.
+            FlopsError: ``disk_full`` or ``out_of_storage`` when it was ended for what it wrote; a new start
+                would write it again.
         """
         try:
             while not self._is_asked_to_stop.wait(WATCH_INTERVAL_S):
@@ -205,8 +206,9 @@ class ServiceRunner:
         return None
 
     def _guard_disk(self, *, has_failed: bool) -> None:
-        """End the service if it fills the disk, and give back what it wrote."""
-        problem = self._disk.problem_of(self.spec.id, self.folder.work_dir, has_failed=has_failed)
+        """End the service if it fills the disk or its part of it, and give back what it wrote."""
+        limit_mb = self.spec.resources.storage_mb
+        problem = self._disk.problem_of(self.spec.id, self.folder.work_dir, limit_mb, has_failed=has_failed)
         if problem is not None:
             self._runtime.stop(self.spec.id, grace_s=0.0)
             self.folder.clear_work()

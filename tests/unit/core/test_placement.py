@@ -71,6 +71,20 @@ def test_a_node_takes_no_more_learners_than_it_has_rows_or_memory_for() -> None:
     assert Counter(placement.learners) == {"id-b": 3, "id-a": 1}
 
 
+def test_storage_is_kept_free_for_each_learner() -> None:
+    sla = sla_with(min_available_clients=3)
+    sla = sla.model_copy(update={"resource_constraints": ResourceConstraints(storage=400)})
+    nodes = [
+        node_with(name).model_copy(update={"load": NodeLoad(disk_free_mb=free_mb)})
+        for name, free_mb in (("large", 1_000), ("small", 399))
+    ]
+    error = refusal(sla, nodes, needs_build=False)
+    assert "large: takes 2 learners" in error.message
+    assert "small: 399 MB of free disk, storage asks for 400 MB" in error.message
+    assert learner_resources(sla.resource_constraints).storage_mb == 400
+    assert aggregator_resources(ResourceConstraints()).storage_mb is None
+
+
 def test_gpus_are_for_learners_and_are_not_shared() -> None:
     sla = sla_with(min_available_clients=2)
     sla = sla.model_copy(update={"resource_constraints": ResourceConstraints(vgpus=1)})
