@@ -138,7 +138,8 @@ def _start_clusters(change: Change, address: str) -> None:
     if address == project.aggregator_address:
         return
     training = project.training
-    attempt = project.learner_generation + 1
+    generations = [cluster.generation for cluster in training.clusters] if training else []
+    attempt = max([project.learner_generation, *generations]) + 1  # no id is used twice
     if training is None:
         training = Training(rounds_total=project.sla.training_configuration.training_cycles)
         change.set(training=training)

@@ -111,6 +111,17 @@ def test_the_root_starts_clusters_and_each_of_them_its_learners() -> None:
     assert not tree.listen(ROOT, "root:1").is_changed
 
 
+def test_learners_of_another_root_have_ids_that_no_cluster_has_used() -> None:
+    tree = Tree(EAST, WEST).begin()
+    tree.listen(OF_WEST, "west:2")
+    replaced = {"learner-p1-3-r2", "learner-p1-4-r2"}
+    assert replaced <= set(tree.project.services)
+    tree.listen(ROOT, "root:2")
+    assert tree.payloads(EffectKind.START_CLUSTERS)[-1] == {"address": "root:2", "attempt": 3}
+    tree.listen(f"{OF_WEST}-r3", "west:3")
+    assert {"learner-p1-3-r3", "learner-p1-4-r3"} <= set(tree.project.services)
+
+
 def test_one_cluster_and_those_left_out_are_said() -> None:
     tree = Tree(EAST, left_out={"west": "It has no rows."})
     assert tree.told("one_cluster_only") == [
