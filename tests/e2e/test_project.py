@@ -84,6 +84,48 @@ def test_cycles_of_rounds_in_one_cluster(deployment: Deployment) -> None:
     assert "cycle 2, round 3 of 3" in shown
 
 
+def test_a_node_that_comes_by_data_while_a_project_trains_is_taken_in(deployment: Deployment) -> None:
+    """The third node joins with no data, in round 1; it gets data, and trains in a later round."""
+    repository = make_example(deployment, "slow")
+    begin_fit_with(repository, "import time; time.sleep(0.2)")
+    commit_all(repository, "Take time")
+    sla = sla_file(
+        deployment,
+        "late",
+        "slow",
+        training_configuration={"min_available_clients": 2, "max_clients": 3, "training_rounds": 200},
+    )
+    planned = deployment.ask("project", "plan", str(sla))
+    assert [node["runs"].get("learner") for node in planned["nodes"]] == [1, 1]
+    project_id = submit(deployment, sla)
+    try:
+        deployment.start_node("node-3", "FLOps-learner")
+        deployment.wait_for(lambda: rounds_of(deployment, project_id) > 0, "the first round", 120)
+        rows = deployment.home / "rows.parquet"
+        homes = [str(deployment.home / name) for name in ("node-2", "node-3")]
+        deployment.flops("data", "read", "breast_cancer", "--home", homes[0], "--output", str(rows))
+        deployment.flops("data", "push", str(rows), "--home", homes[1], "--tag", "breast_cancer")
+        deployment.wait_for(lambda: len(trained_last(deployment, project_id)) == 3, "node-3 to train", 120)
+        told = [
+            e for e in deployment.ask("project", "show", project_id)["history"] if "taken in" in e["message"]
+        ]
+        assert [event["data"]["node"].endswith("node-3") for event in told] == [True]
+    finally:
+        deployment.flops("project", "stop", project_id)
+        deployment.node("node-3", "stop", exit_code=None)
+
+
+def rounds_of(deployment: Deployment, project_id: str) -> int:
+    return len(
+        (deployment.ask("project", "show", project_id)["project"]["training"] or {}).get("history", ())
+    )
+
+
+def trained_last(deployment: Deployment, project_id: str) -> set[str]:
+    last = deployment.ask("project", "show", project_id)["project"]["training"]["history"][-1]
+    return {part["node"] for part in last["participants"] if part["rows"]}
+
+
 def test_the_users_own_traceback_comes_back(deployment: Deployment) -> None:
     repository = make_example(deployment, "raises")
     begin_fit_with(repository, "1 / 0  # noqa")

@@ -39,6 +39,12 @@ BEGINNING = (
     ),
     life.AggregatorListening(service_id=ServiceId("aggregator-p1"), address="root:1"),
 )
+LATE = st.builds(
+    life.LateNode,
+    id=st.sampled_from([NodeId(f"n{number}") for number in range(2, 6)]),
+    name=st.just("late"),
+    cluster=st.sampled_from(["", "east", "west"]),
+)
 AGGREGATORS = st.sampled_from(["aggregator-p1", "aggregator-p1-1", "aggregator-p1-2", "aggregator-p1-2-r2"])
 LEARNERS = st.sampled_from([f"learner-p1-{number}{tail}" for number in range(1, 5) for tail in ("", "-r2")])
 ANY = st.one_of(AGGREGATORS, LEARNERS)
@@ -67,6 +73,7 @@ EVENTS = st.one_of(
         record=st.builds(Round, number=NUMBERS),
         aggregator=AGGREGATORS,
     ),
+    st.builds(life.NodesTakenIn, nodes=st.lists(LATE, min_size=1, max_size=3).map(tuple)),
     st.builds(life.ServiceTold, service_id=ANY, node=st.just("alpha"), failure=FAILURES),
     st.builds(
         life.ServiceChanged,
@@ -80,13 +87,17 @@ EVENTS = st.one_of(
 
 @given(events=st.lists(EVENTS, max_size=40), needed=st.integers(min_value=1, max_value=2))
 def test_whatever_happens_the_project_stays_whole(events: list[life.LifecycleEvent], needed: int) -> None:
-    sla = sla_with(mode="hierarchical", training_cycles=2, min_clusters=needed)
+    sla = sla_with(mode="hierarchical", training_cycles=2, min_clusters=needed, max_clients=3)
     project = new_project(ProjectId("p1"), sla, 1.0)
     for event in BEGINNING:
         project = step(project, event, 1.0).project
+    used = set(project.services)
     for number, event in enumerate(events, start=1):
         delivered = event.model_copy(update={"seq": number})
         result = step(project, delivered, 2.0)
+        started = set(result.project.services) - set(project.services)
+        assert not started & used, "an id is used twice"
+        used |= started
         project = result.project
         assert not step(project, delivered, 3.0).is_changed or not result.is_changed
         for effect in result.effects:
@@ -100,8 +111,14 @@ def assert_whole(project: Project, needed: int) -> None:
     training = project.training
     assert training is not None
     assert [cluster.name for cluster in training.clusters] == ["east", "west"]
-    assert all(len(cluster.learners) == 2 for cluster in training.clusters)
+    assert project.placement is not None
+    for cluster, placed in zip(training.clusters, project.placement.clusters, strict=True):
+        assert len(cluster.learners) == len(placed.learners) >= 2
+        assert len(set(cluster.learners) - set(project.failed_learners)) <= 3
+    together = [node for placed in project.placement.clusters for node in placed.learners]
+    assert list(project.placement.learners) == together
     present = {learner for cluster in training.clusters for learner in cluster.learners}
+    assert len(present) == len(together)
     assert len(project.services) == len(set(project.services))
     left = [cluster for cluster in training.clusters if not cluster.is_given_up]
     if project.stage is Stage.TRAINING:

@@ -58,6 +58,7 @@ SERVICES = st.sampled_from(
 )
 LEARNERS = st.sampled_from(["learner-p1-1", "learner-p1-2"])
 NODE = st.just("alpha")
+NODE_IDS = st.sampled_from([NodeId("n2"), NodeId("n3"), NodeId("n4")])
 ADDRESSES = st.sampled_from(["h:1", "h:2"])
 ROUNDS = st.integers(min_value=1, max_value=4)
 NUMBERS = st.none() | st.floats(min_value=0, max_value=1)
@@ -102,6 +103,10 @@ OF_THE_MANAGER = st.one_of(
         life.RepositoryResolved, repository=st.just(REPOSITORY), environment=st.none() | st.just(ENVIRONMENT)
     ),
     st.builds(life.PlacementDecided, placement=st.just(PLACEMENT)),
+    st.builds(
+        life.NodesTakenIn,
+        nodes=st.lists(st.builds(life.LateNode, id=NODE_IDS, name=st.just("late")), max_size=3).map(tuple),
+    ),
     st.builds(life.ModelPackaged, image=st.sampled_from(["", "flops/p1@sha256:cc"])),
     st.builds(life.StepFailed, kind=st.sampled_from(list(EffectKind)), failure=FAILURES),
     st.builds(life.ServicesEnded, services=st.lists(SERVICES, max_size=3).map(tuple)),
@@ -141,7 +146,9 @@ class LifeMachine(RuleBasedStateMachine):
 
     @initialize(packaging=st.sampled_from(Packaging))
     def submit(self, packaging: Packaging) -> None:
-        sla = self.project.sla.model_copy(update={"packaging": packaging})
+        training = self.project.sla.training_configuration.model_copy(update={"max_clients": 3})
+        update = {"packaging": packaging, "training_configuration": training}
+        sla = self.project.sla.model_copy(update=update)
         self.project = self.before = self.project.model_copy(update={"sla": sla})
         self.happen(life.Submitted())
 
@@ -254,6 +261,13 @@ class LifeMachine(RuleBasedStateMachine):
     @invariant()
     def can_be_stored(self) -> None:
         assert Project.model_validate_json(self.project.model_dump_json(by_alias=True)) == self.project
+
+    @invariant()
+    def no_more_nodes_are_taken_in_than_asked_for(self) -> None:
+        if self.project.placement is not None:
+            nodes = self.project.placement.learners
+            assert len(nodes) == len(set(nodes))
+            assert len(nodes) - len(self.project.failed_learners) <= 3
 
     @invariant()
     def rounds_are_in_order(self) -> None:

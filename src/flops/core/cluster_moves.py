@@ -20,7 +20,7 @@ from flops.core.events import (
     RoundCompleted,
     RoundStarted,
 )
-from flops.core.ids import ServiceId, make_service_id
+from flops.core.ids import ServiceId, make_service_id, renewed
 from flops.core.project import ClusterState, Project, Stage, Training
 from flops.core.service_moves import cluster_of, learner_ids, with_cluster
 
@@ -198,15 +198,13 @@ def _start_learners(change: Change, cluster: ClusterState, address: str) -> None
     generation, learners = cluster.generation, cluster.learners
     if cluster.address:
         generation += 1
-        before = [c for c in project.training.clusters if c.name < cluster.name] if project.training else []
-        first = 1 + sum(len(c.learners) for c in before)
         stop_services(change, (s for s in project.services if s in cluster.learners))
         change.note(
             f"The aggregator of {cluster.name} listens at another address, {address}: its learners are "
             "replaced.",
             cluster=cluster.name,
         )
-        learners = _learners(project, first, len(cluster.learners), generation)
+        learners = tuple(renewed(learner, generation) for learner in cluster.learners)
     _update(change, cluster, address=address, generation=generation, learners=learners)
     gone = set(cluster.learners) - set(learners)
     training = change.project.training

@@ -23,6 +23,8 @@ class EffectKind(StrEnum):
     START_AGGREGATOR = "start_aggregator"
     START_CLUSTERS = "start_clusters"  # the clusters' aggregators of a hierarchical training
     START_LEARNERS = "start_learners"
+    LOOK_FOR_NODES = "look_for_nodes"  # that a training may take in; goes on as long as it may
+    ADD_LEARNER = "add_learner"  # payload: the learner of a node that was taken in
     BUILD_INFERENCE = "build_inference"  # verify that what the inference service needs is stored
     START_INFERENCE = "start_inference"
     STOP_SERVICES = "stop_services"  # payload: service ids

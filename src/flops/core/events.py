@@ -12,7 +12,7 @@ from pydantic import Field
 
 from flops.core.cluster import ServiceState
 from flops.core.effects import EffectKind
-from flops.core.ids import ServiceId
+from flops.core.ids import NodeId, ServiceId
 from flops.core.model import Value
 from flops.core.project import Environment, Failure, Images, Placement, Repository, Round, TrainedModel
 
@@ -111,6 +111,20 @@ class RoundCompleted(LifecycleEvent):
     rounds: int
     record: Round
     aggregator: str = ""
+
+
+class LateNode(Value):
+    """A node that a training takes in; `cluster` is its cluster's name in a hierarchical training."""
+
+    id: NodeId
+    name: str
+    cluster: str = ""
+
+
+class NodesTakenIn(LifecycleEvent):
+    """Nodes have come, or have come by data, that the training has room for."""
+
+    nodes: tuple[LateNode, ...]
 
 
 class TrainingCompleted(LifecycleEvent):

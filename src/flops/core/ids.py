@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NewType
 
 ProjectId = NewType("ProjectId", str)  # 12 hex characters, as users of the ancestor know them
@@ -28,3 +29,8 @@ def make_service_id(kind: str, owner: str, number: int | None = None, attempt: i
     if attempt > 1:
         parts.append(f"r{attempt}")
     return ServiceId("-".join(parts))
+
+
+def renewed(service: ServiceId, attempt: int) -> ServiceId:
+    """The id of a service's replacement: the same number with another attempt."""
+    return ServiceId(f"{re.sub(r'-r[0-9]+$', '', service)}-r{attempt}")

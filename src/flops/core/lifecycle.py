@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flops.core import cluster_moves, service_moves, training_moves
+from flops.core import cluster_moves, late_nodes, service_moves, training_moves
 from flops.core.change import Change, Step
 from flops.core.effects import EffectKind
 from flops.core.endings import abort, end_if_nothing_runs, fail, stop_services
@@ -25,6 +25,7 @@ from flops.core.events import (
     LearnerLeft,
     LifecycleEvent,
     ModelPackaged,
+    NodesTakenIn,
     PlacementDecided,
     RepositoryResolved,
     RoundCompleted,
@@ -303,6 +304,7 @@ _TABLE: Mapping[type[LifecycleEvent], Mapping[Stage, Decision]] = {
     LearnerJoined: _from_stage((Stage.TRAINING, cluster_moves.learner_joined)),
     LearnerLeft: _from_stage((Stage.TRAINING, cluster_moves.learner_left)),
     LearnerFailed: _from_stage((Stage.TRAINING, cluster_moves.learner_failed)),
+    NodesTakenIn: _from_stage((Stage.TRAINING, late_nodes.take_in)),
     RoundStarted: _from_stage((Stage.TRAINING, cluster_moves.round_started)),
     RoundCompleted: _from_stage((Stage.TRAINING, cluster_moves.round_completed)),
     TrainingCompleted: _from_stage((Stage.TRAINING, training_moves.training_completed)),

@@ -55,6 +55,15 @@ def learner_ids(project: Project) -> tuple[ServiceId, ...]:
     )
 
 
+def learners_of(project: Project, cluster: str, generation: int) -> tuple[ServiceId, ...]:
+    """The learners of a cluster, or of the whole project for ""; none if they are of another generation."""
+    if not cluster:
+        return learner_ids(project) if project.learner_generation == generation else ()
+    clusters = project.training.clusters if project.training is not None else ()
+    found = (c.learners for c in clusters if c.name == cluster and c.generation == generation)
+    return next(found, ())
+
+
 def cluster_of(project: Project, aggregator: str) -> ClusterState | None:
     """The cluster with this aggregator, in a hierarchical training."""
     clusters = project.training.clusters if project.training is not None else ()

@@ -103,6 +103,7 @@ class TrainingConfiguration(StrictValue):
     min_available_clients: PositiveInt = 1
     min_fit_clients: PositiveInt = 1
     min_evaluate_clients: PositiveInt = 1
+    max_clients: PositiveInt | None = None  # up to which later nodes are taken in; None: no node is
     strategy: Strategy = Strategy()
     round_timeout_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 3_600.0
     min_clusters: PositiveInt = 1  # hierarchical: of which a cycle needs answers
@@ -119,6 +120,11 @@ class TrainingConfiguration(StrictValue):
                     f"{key} is {getattr(self, key)}, but only min_available_clients = "
                     f"{self.min_available_clients} learners take part"
                 )
+        if self.max_clients is not None and self.max_clients < self.min_available_clients:
+            raise ValueError(
+                f"max_clients is {self.max_clients}, but min_available_clients asks for "
+                f"{self.min_available_clients} learners from the beginning"
+            )
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from flops.core.events import (
     TrainingStarted,
 )
 from flops.core.ids import ServiceId
+from flops.core.late_nodes import takes_in_nodes
 from flops.core.project import Project, Round, Stage, Training
 from flops.core.rounds import Terms, best_round, terms_for
 from flops.core.service_moves import learner_ids, packager_id, service_id
@@ -156,6 +157,8 @@ def round_started(change: Change, event: RoundStarted) -> None:
         training=training.model_copy(update={"round_now": event.round, "rounds_total": event.rounds}),
         doing=f"Trains {what.round.lower()} {event.round} of {event.rounds} with {learners}.",
     )
+    if training.round_now == 0 and takes_in_nodes(change.project):
+        change.request(EffectKind.LOOK_FOR_NODES)
     change.note(
         f"{what.round} {event.round} of {event.rounds} begins with {learners}.",
         round=event.round,

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flops.core.cluster import ServiceSpec
+from flops.core.cluster import ServiceSpec, ServiceState
 from flops.core.effects import Effect, EffectKind
 from flops.core.events import (
     LifecycleEvent,
     ModelPackaged,
+    NodesTakenIn,
     PlacementDecided,
     RepositoryResolved,
+    ServiceChanged,
     ServicesEnded,
 )
 from flops.core.ids import NodeId, ProjectId, ServiceId
+from flops.core.late_nodes import late_nodes
 from flops.core.placement import place_builder, place_inference, place_project
-from flops.core.project import Environment, Project, Stage
+from flops.core.project import Environment, Failure, Project, Stage
 from flops.core.run_end import run_end_of
+from flops.core.service_moves import learners_of
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.options import EngineOptions
 from flops.manager.service_specs import (
@@ -78,6 +82,8 @@ class EffectRunner:
             EffectKind.START_AGGREGATOR: self._start_aggregator,
             EffectKind.START_CLUSTERS: self._start_clusters,
             EffectKind.START_LEARNERS: self._start_learners,
+            EffectKind.LOOK_FOR_NODES: self._look_for_nodes,
+            EffectKind.ADD_LEARNER: self._add_learner,
             EffectKind.BUILD_INFERENCE: self._package_model,
             EffectKind.START_INFERENCE: self._start_inference,
             EffectKind.STOP_SERVICES: self._stop_services,
@@ -145,9 +151,29 @@ class EffectRunner:
 
     def _start_learners(self, project: Project, effect: Effect) -> None:
         address, generation = effect.payload["address"], effect.payload["generation"]
-        cluster = effect.payload.get("cluster", "")
-        for spec in learner_specs(project, address, generation, self._options, cluster):
+        wanted = learners_of(project, effect.payload.get("cluster", ""), generation)
+        for spec in learner_specs(project, address, self._options, wanted):
             self._start(spec)
+
+    def _look_for_nodes(self, project: Project, _effect: Effect) -> LifecycleEvent | None:
+        found = late_nodes(project, self._orchestrator.nodes(), self._paces())
+        return NodesTakenIn(nodes=found) if found else None
+
+    def _add_learner(self, project: Project, effect: Effect) -> LifecycleEvent | None:
+        learner = ServiceId(effect.payload["learner"])
+        clusters = project.training.clusters if project.training else ()
+        own = next((cluster.address for cluster in clusters if learner in cluster.learners), None)
+        address = project.aggregator_address if own is None else own
+        for spec in learner_specs(project, address, self._options, {learner}):
+            try:
+                self._start(spec)
+            except FlopsError as exc:
+                if exc.code is not ErrorCode.NODE_NOT_FOUND:
+                    raise
+                failure = Failure.model_validate(exc.to_dict())  # removed since it was taken in
+                state, node = ServiceState.FAILED, effect.payload["node"]
+                return ServiceChanged(service_id=learner, node=node, state=state, failure=failure)
+        return None
 
     def _package_model(self, project: Project, _effect: Effect) -> LifecycleEvent | None:
         bundle = project.model.bundle if project.model else None

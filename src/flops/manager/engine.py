@@ -27,6 +27,7 @@ from flops.core.events import (
 )
 from flops.core.health import ExaminedNode, examine_nodes
 from flops.core.ids import ProjectId, ServiceId
+from flops.core.late_nodes import takes_in_nodes
 from flops.core.lifecycle import IllegalTransitionError, Step, new_project, step
 from flops.core.mock_progress import RUNNING
 from flops.core.node_paces import NodePaces
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 
 _TRANSIENT = {ErrorCode.UNREACHABLE, ErrorCode.TIMEOUT, ErrorCode.DISK_FULL}
 _MAX_PAUSE_S = 10.0
+_LOOK_EVERY_S = 2.0  # for nodes that a training may take in; they tell what they have as often
 
 
 class Engine:
@@ -303,12 +305,17 @@ class Engine:
                 event = Aborted(failure=_internal(f"{effect.kind.value} raised {type(exc).__name__}: {exc}"))
             if event is not None:
                 self._apply_safely(effect.project_id, event)
-            self._store.finish_effect(effect.key)
-            if not effect.project_id:  # no deletion of a project will take it along
-                self._store.forget_finished_effects(effect.project_id)
-            if effect.kind is EffectKind.DELETE_PROJECT:
-                self._tell(effect.project_id)
+            if self._goes_on_looking(effect):
+                return _LOOK_EVERY_S
+            self._finish(effect)
             return None
+
+    def _finish(self, effect: Effect) -> None:
+        self._store.finish_effect(effect.key)
+        if not effect.project_id:  # no deletion of a project will take it along
+            self._store.forget_finished_effects(effect.project_id)
+        if effect.kind is EffectKind.DELETE_PROJECT:
+            self._tell(effect.project_id)
 
     def _is_needless(self, effect: Effect) -> bool:
         """Whether nobody waits for what an effect brings: its project ends, or this engine does."""
@@ -319,6 +326,13 @@ class Engine:
         except FlopsError:
             return True
         return self.is_closed or stage.is_final or stage is Stage.STOPPING
+
+    def _goes_on_looking(self, effect: Effect) -> bool:
+        try:
+            project = self._store.get(effect.project_id)
+            return effect.kind is EffectKind.LOOK_FOR_NODES and takes_in_nodes(project)
+        except FlopsError:
+            return False
 
     def _is_worth_another(self, effect: Effect, exc: FlopsError, waited_s: float) -> bool:
         if effect.kind in NEVER_GIVEN_UP:

@@ -23,8 +23,8 @@ class EffectExecutor:
     """Runs each effect until it is done.
 
     The effects of one project run in the order they were requested, so that a stop never overtakes a start.
-    Two kinds touch no service and may take long, when a Git server or MLflow hangs: each has threads of its
-    own, so that no project's stop waits for them.
+    Those that touch no service and may take long, when a Git server or MLflow hangs or nodes are looked for,
+    have threads of their own, so that no project's stop waits for them.
 
     Args:
         perform: does an effect; gets it with the number of attempts before, and the seconds since the
@@ -36,12 +36,14 @@ class EffectExecutor:
         self._services = _Lanes(perform, workers, "effects")
         repositories = _Lanes(perform, workers, "repositories")
         tracking = _Lanes(perform, 1, "tracking")
+        looking = _Lanes(perform, 1, "late-nodes")
         self._special = {
+            EffectKind.LOOK_FOR_NODES: looking,
             EffectKind.RESOLVE_REPOSITORY: repositories,
             EffectKind.END_TRACKING: tracking,
             EffectKind.DELETE_TRACKING: tracking,
         }
-        self._all = (self._services, repositories, tracking)
+        self._all = (self._services, repositories, tracking, looking)
 
     def start(self) -> None:
         """Start the threads."""

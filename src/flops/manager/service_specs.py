@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from flops.core.cluster import ServiceKind, ServiceSpec
 from flops.core.deployment import Launch
 from flops.core.ids import Digest, NodeId, ServiceId, make_service_id
 from flops.core.placement import aggregator_resources, learner_resources
 from flops.core.project import Environment, MockData, Placement, Project, Repository, TrainedModel
-from flops.core.service_moves import packager_id
+from flops.core.service_moves import learner_ids, packager_id
 from flops.core.sla import MockDataSla
 from flops.errors import ErrorCode, FlopsError
 from flops.manager.options import EngineOptions
@@ -119,7 +119,6 @@ def cluster_aggregator_specs(
     for number, cluster in enumerate(_placement(project).clusters, start=1):
         config = _aggregator_config(project, options).model_copy(
             update={
-                "min_available_clients": len(cluster.learners),
                 "strategy": training.strategy_in_clusters,
                 "target_metric": None,
                 "early_stopping": None,
@@ -187,19 +186,18 @@ def _aggregator_config(project: Project, options: EngineOptions) -> AggregatorCo
 
 
 def learner_specs(
-    project: Project, address: str, generation: int, options: EngineOptions, cluster: str = ""
+    project: Project, address: str, options: EngineOptions, wanted: Collection[ServiceId]
 ) -> list[ServiceSpec]:
-    """The learners of a project for the aggregator at an address; those on one node share its data.
+    """Learners of a project for the aggregator at an address; those on one node share its data.
 
-    In a hierarchical training only those of one cluster, for its aggregator.
+    Those of `wanted` that were replaced meanwhile are left out.
     """
     repository, environment = _repository(project), _environment(project)
     nodes = _placement(project).learners
     parts, seen = Counter(nodes), Counter[NodeId]()
     constraints = project.sla.resource_constraints
-    wanted = _numbers_in(project, cluster) if cluster else range(1, len(nodes) + 1)
     specs = []
-    for number, node_id in enumerate(nodes, start=1):
+    for service_id, node_id in zip(learner_ids(project), nodes, strict=True):
         config = LearnerConfig(
             project_id=project.id,
             aggregator=address,
@@ -211,11 +209,11 @@ def learner_specs(
             load_timeout_s=options.load_timeout_s,
         )
         seen[node_id] += 1
-        if number not in wanted:
+        if service_id not in wanted:
             continue
         specs.append(
             ServiceSpec(
-                id=make_service_id(ServiceKind.LEARNER.value, project.id, number, generation),
+                id=service_id,
                 project_id=project.id,
                 kind=ServiceKind.LEARNER,
                 node_id=node_id,
@@ -228,17 +226,6 @@ def learner_specs(
             )
         )
     return specs
-
-
-def _numbers_in(project: Project, cluster: str) -> range:
-    """The numbers of a cluster's learners; learners are numbered through from cluster to cluster."""
-    first = 1
-    for placed in _placement(project).clusters:
-        after = first + len(placed.learners)
-        if placed.name == cluster:
-            return range(first, after)
-        first = after
-    return range(0)
 
 
 def inference_spec(project: Project, node_id: NodeId, options: EngineOptions) -> ServiceSpec:
