@@ -160,7 +160,7 @@ def test_the_endpoints_are_those_of_the_description(api: Api) -> None:
             for route, operations in document["paths"].items()
             for method in operations
         }
-        assert described == {("GET", "/")} | {
+        assert described == {("GET", "/"), ("GET", f"{API}/authority")} | {
             (method, path.replace("nothing", "{project_id}" if "projects" in path else "{name}"))
             for method, path in ENDPOINTS
         }
