@@ -23,11 +23,10 @@ from flops.core.cluster import Resources, ServiceKind, ServiceSpec, ServiceState
 from flops.core.ids import NodeId, ServiceId
 from flops.core.reach import Reach
 from flops.errors import CATALOGUE, ErrorCode
-from flops.node.preparation import Launch, NodeSite, Preparer, Report
-from flops.node.service_folder import ServiceFolder
 from flops.node.supervisor import Supervisor
 from flops.ports import Runtime
 from flops.testing.disk import small_disk
+from flops.testing.given_program import GivenProgram
 from flops.testing.podman import missing_for_podman, running_podman
 from flops.testing.waiting import until
 
@@ -233,17 +232,6 @@ def test_neither_the_node_nor_others_can_be_read_or_changed(machine: Machine) ->
     assert machine.services.output(BAD) == "refused\n" * 7
     assert (machine.work(GOOD) / "model").read_text() == "good"
     machine.clear()
-
-
-class GivenProgram(Preparer):
-    """Has services run the program of their configuration."""
-
-    def __init__(self) -> None:  # nothing has to be fetched or built
-        self.site = NodeSite("n", "127.0.0.1", "", Path(), Path(), Path(), {})
-
-    def prepare(self, spec: ServiceSpec, folder: ServiceFolder, report: Report) -> Launch:
-        argv = (sys.executable, "-I", "-c", str(spec.config["program"]))
-        return Launch(argv, {"PATH": os.defpath}, folder.work_dir, Reach())
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,6 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
 _SCOPES = 1 << 0 | 1 << 1  # abstract UNIX sockets, signals
 
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "dri", "kfd")
-_DEVICE_PATTERNS = ("nvidia*",)
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 (that it is shared is why it is replaced)
 
 _NEW_MOUNTS, _NEW_IPC = 0x0002_0000, 0x0800_0000
@@ -62,6 +61,7 @@ class Confinement:
         hidden: files and folders that it may not use; everything else can be read, apart from devices.
         readable: what it may read although it is hidden.
         writable: folders that it may write to. Nothing else can be written.
+        devices: files in /dev that it may open, beside those of terminals and the like.
         dials: TCP ports that it may connect to; None for any network.
         listens: TCP ports that it may listen at, if `dials` says something.
     """
@@ -69,6 +69,7 @@ class Confinement:
     hidden: tuple[str, ...]
     readable: tuple[str, ...]
     writable: tuple[str, ...]
+    devices: tuple[str, ...] = ()
     dials: tuple[int, ...] | None = None
     listens: tuple[int, ...] = ()
 
@@ -143,7 +144,8 @@ def _restrict_files(confinement: Confinement, version: int) -> None:
         _allow(rules, path, _READ & handled, follow=False)
     for readable in confinement.readable:
         _allow(rules, readable, _READ & handled)
-    for writable in (*confinement.writable, *_devices()):
+    devices = (*(f"/dev/{name}" for name in _DEVICES), *confinement.devices)
+    for writable in (*confinement.writable, *devices):
         _allow(rules, writable, _WRITE & handled)
     check(_libc.syscall(_RESTRICT_SELF, rules, 0), "restrict itself")
     os.close(rules)
@@ -170,12 +172,6 @@ def _beside(hidden: set[str], folder: str) -> Iterator[str]:
                 yield path
     for path in leading - hidden:
         yield from _beside(hidden, path)
-
-
-def _devices() -> Iterable[str]:
-    yield from (f"/dev/{name}" for name in _DEVICES)
-    for pattern in _DEVICE_PATTERNS:
-        yield from (str(path) for path in Path("/dev").glob(pattern))
 
 
 def _allow(rules: int, path: str, rights: int, *, follow: bool = True) -> None:

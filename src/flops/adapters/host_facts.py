@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,6 @@ from flops.core.cluster import NodeFacts, NodeLoad
 
 _MB = 1024**2
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 class LocalHost:
@@ -28,13 +28,23 @@ class LocalHost:
         cluster_address: services are reached at the address from which this machine reaches the cluster.
         version: of FLOps.
         is_public: prefer an address that the Internet knows, if this machine has one.
+        gpus: models of the GPUs that services may use.
     """
 
-    def __init__(self, state_dir: Path, cluster_address: str, version: str, *, is_public: bool) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        cluster_address: str,
+        version: str,
+        *,
+        is_public: bool,
+        gpus: Sequence[str] = (),
+    ) -> None:
         self._state_dir = state_dir
         self._cluster_address = cluster_address
         self._version = version
         self._is_public = is_public
+        self._gpus = tuple(gpus)
         psutil.cpu_percent()  # the next call tells the load since this one
 
     def facts(self) -> NodeFacts:
@@ -49,7 +59,7 @@ class LocalHost:
             cpu_cores=len(os.sched_getaffinity(0)),
             memory_mb=memory_bytes() // _MB,
             disk_free_mb=self._disk_mb()[0],
-            gpus=_gpus(),
+            gpus=self._gpus,
         )
 
     def load(self) -> NodeLoad:
@@ -107,16 +117,6 @@ def memory_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(file.read_text()))
     return total
-
-
-def _gpus() -> tuple[str, ...]:
-    names = []
-    with contextlib.suppress(OSError):
-        for file in sorted(_GPUS.glob("*/information")):
-            for line in file.read_text().splitlines():
-                if line.startswith("Model:"):
-                    names.append(line.partition(":")[2].strip())
-    return tuple(names)
 
 
 def names_of(host: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from flops.adapters import confinement
 from flops.adapters import service_shim as shim
+from flops.adapters.gpus import VISIBLE_VARIABLE, device_files
 from flops.adapters.output_files import remove_output
 from flops.adapters.process_usage import UsageMeter
 from flops.adapters.runtime_records import folder_of, read_output_of, read_record
@@ -139,6 +140,8 @@ class ProcessRuntime:
         confined = None
         if reach is not None:
             variables["TMPDIR"] = str(_fresh_folder(work_dir / TEMPORARY_FOLDER))
+            variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            variables[VISIBLE_VARIABLE] = ",".join(map(str, reach.gpus))
             confined = asdict(self._confinement(work_dir, reach))
         launch = {
             "argv": list(argv),
@@ -163,6 +166,7 @@ class ProcessRuntime:
             hidden=self._hidden,
             readable=reach.readable,
             writable=(str(work_dir), *reach.writable),
+            devices=tuple(device_files(reach.gpus)),
             dials=reach.dials,
             listens=reach.listens,
         )

@@ -15,4 +15,5 @@ class Reach(Value):
     writable: tuple[str, ...] = ()  # folders that it may write to
     dials: tuple[int, ...] | None = None  # TCP ports that it may connect to; None for any network
     listens: tuple[int, ...] = ()  # TCP ports that it may listen at, if `dials` says something
+    gpus: tuple[int, ...] = ()  # numbers of the node's GPUs that it may use
     image: str = ""  # the container image that it runs in; "" for the node's own system and programs

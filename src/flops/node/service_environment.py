@@ -22,6 +22,7 @@ _WITHOUT_PATHS = frozenset(
     }
 )  # fmt: skip
 _ALLOWED_PREFIXES = ("LC_", "UV_", "OMP_", "OPENBLAS_", "MKL_", "HF_", "CUDA_", "NVIDIA_", "GIT_SSL_")
+_DEALT_OUT = frozenset({"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"})  # each service has its own
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -40,6 +41,7 @@ def service_environment(
         name: value
         for name, value in inherited.items()
         if (name in _WITHOUT_PATHS if is_in_image else name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES))
+        and name not in _DEALT_OUT
     }
     environment["PYTHONUNBUFFERED"] = "1"
     environment["FLWR_TELEMETRY_ENABLED"] = "0"

@@ -31,10 +31,12 @@ class Progress:
     Args:
         status: its state.
         run_offset: size of its event log when its process was started last; what follows was told since.
+        gpus: numbers of the GPUs that it was started with.
     """
 
     status: ServiceStatus
     run_offset: int = 0
+    gpus: tuple[int, ...] = ()
 
 
 class ServiceFolder:
@@ -79,7 +81,11 @@ class ServiceFolder:
     def save(self, progress: Progress) -> None:
         """Keep where the service stands; a full disk is logged, since the service itself goes on."""
         status = progress.status.model_copy(update={"usage": ServiceUsage()})
-        record = {"status": status.model_dump(mode="json"), "run_offset": progress.run_offset}
+        record = {
+            "status": status.model_dump(mode="json"),
+            "run_offset": progress.run_offset,
+            "gpus": progress.gpus,
+        }
         try:
             write_durably(self.path / _STATUS_FILE, json.dumps(record))
         except FlopsError as error:
@@ -89,7 +95,8 @@ class ServiceFolder:
         """Where the service stood; being prepared when nothing is known."""
         try:
             raw = json.loads((self.path / _STATUS_FILE).read_bytes())
-            return Progress(ServiceStatus.model_validate(raw["status"]), int(raw["run_offset"]))
+            status = ServiceStatus.model_validate(raw["status"])
+            return Progress(status, int(raw["run_offset"]), tuple(raw.get("gpus") or ()))
         except (OSError, ValueError, KeyError, TypeError):
             return Progress(ServiceStatus(service_id=service_id, state=ServiceState.PREPARING))
 

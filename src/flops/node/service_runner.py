@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 from flops.command import StoppedError, stopped_when
@@ -14,6 +15,7 @@ from flops.log import log_context
 from flops.node.backoff import Backoff
 from flops.node.disk_guard import DiskGuard
 from flops.node.event_log import has_listened, last_failure
+from flops.node.gpu_shares import GpuShares
 from flops.node.preparation import Launch, Preparer
 from flops.node.service_folder import Progress, ServiceFolder
 from flops.ports import Runtime
@@ -36,6 +38,7 @@ class ServiceRunner:
         runtime: runs its process.
         progress: where it stood before, when this daemon finds it on disk.
         disk: watches what the services write.
+        gpus: deals out the node's GPUs.
     """
 
     def __init__(
@@ -46,14 +49,18 @@ class ServiceRunner:
         runtime: Runtime,
         progress: Progress | None = None,
         disk: DiskGuard | None = None,
+        gpus: GpuShares | None = None,
     ) -> None:
         self.spec = spec
         self._disk = disk or DiskGuard()
+        self._gpus = gpus or GpuShares(())
         self.folder = folder
         self._preparer = preparer
         self._runtime = runtime
         initial = ServiceStatus(service_id=spec.id, state=ServiceState.PREPARING)
         self._progress = progress or Progress(initial)
+        if self.status.state is ServiceState.RUNNING:
+            self._gpus.keep(spec.id, self._progress.gpus)
         self._lock = threading.RLock()
         self._is_asked_to_stop = threading.Event()
         self._stop_detail = ""
@@ -178,11 +185,13 @@ class ServiceRunner:
             if self._is_asked_to_stop.is_set():
                 return False
             running = self.status.model_copy(update={"state": ServiceState.RUNNING, "detail": ""})
-            self._progress = Progress(self.status, self.folder.events_size())
+            gpus = self._gpus.take(self.spec.id, self.spec.resources.vgpus)
+            self._progress = Progress(self.status, self.folder.events_size(), gpus)
             # Kept before the start: a daemon that is killed in between finds out by asking the runtime.
-            self.folder.save(Progress(running, self._progress.run_offset))
+            self.folder.save(replace(self._progress, status=running))
+            reach = launch.reach.model_copy(update={"gpus": gpus})
             self._runtime.start(
-                self.spec.id, launch.argv, launch.env, launch.work_dir, self.spec.resources, launch.reach
+                self.spec.id, launch.argv, launch.env, launch.work_dir, self.spec.resources, reach
             )
             return True
 
@@ -280,10 +289,11 @@ class ServiceRunner:
                 error=error,
                 restarts=before.restarts if restarts is None else restarts,
             )
-            self._progress = Progress(status, self._progress.run_offset)
+            self._progress = replace(self._progress, status=status)
             if status.model_copy(update={"detail": before.detail}) != before:
                 self.folder.save(self._progress)
             if state.is_final:
+                self._gpus.give_back(self.spec.id)
                 self._has_ended.set()
         if state is not before.state:
             _log.info("%s: %s%s", self.spec.id, state.value, f" ({detail})" if detail else "")

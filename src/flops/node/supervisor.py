@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flops.core.cluster import ServiceSpec, ServiceState, ServiceStatus, ServiceUsage
@@ -15,6 +15,7 @@ from flops.core.output import Output
 from flops.disclosure import withheld_output
 from flops.errors import ErrorCode, FlopsError
 from flops.node.disk_guard import DiskGuard
+from flops.node.gpu_shares import GpuShares
 from flops.node.preparation import Preparer
 from flops.node.service_folder import ServiceFolder, folder_name
 from flops.node.service_runner import ServiceRunner
@@ -33,13 +34,15 @@ class Supervisor:
         root: one folder per service.
         preparer: gets what a service needs.
         runtime: runs processes.
+        gpus: numbers of the GPUs that services may use.
     """
 
-    def __init__(self, root: Path, preparer: Preparer, runtime: Runtime) -> None:
+    def __init__(self, root: Path, preparer: Preparer, runtime: Runtime, gpus: Sequence[int] = ()) -> None:
         self._root = root
         self._preparer = preparer
         self._runtime = runtime
         self._disk = DiskGuard()
+        self._gpus = GpuShares(gpus)
         self._lock = threading.Lock()
         self._runners: dict[ServiceId, ServiceRunner] = {}
         self._removals: dict[ServiceId, tuple[threading.Thread, ServiceRunner]] = {}
@@ -241,7 +244,7 @@ class Supervisor:
     def _make_runner(self, spec: ServiceSpec, *, known: bool) -> ServiceRunner:
         folder = ServiceFolder(self._root / spec.id)
         progress = folder.load(spec.id) if known else None
-        return ServiceRunner(spec, folder, self._preparer, self._runtime, progress, self._disk)
+        return ServiceRunner(spec, folder, self._preparer, self._runtime, progress, self._disk, self._gpus)
 
     def _work(self, task: Callable[[], None]) -> threading.Thread:
         """Do something that waits, in a thread of its own."""

@@ -27,6 +27,7 @@ from flops.adapters.containers.runtime import ContainerRuntime
 from flops.adapters.control_groups import find_control_groups
 from flops.adapters.environment_folders import EnvironmentFolders
 from flops.adapters.file_blobs import FileBlobs
+from flops.adapters.gpus import local_gpus
 from flops.adapters.host_facts import LocalHost, memory_bytes
 from flops.adapters.images.layout import ImageLayout
 from flops.adapters.process_runtime import ProcessRuntime
@@ -157,7 +158,14 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         os.umask(_UMASK)
     clock = SystemClock()
     services, addon_runtime = node_runtimes(paths, conf)
-    host = LocalHost(paths.home, conf.cluster_address, __version__, is_public=conf.is_public)
+    gpus = local_gpus(inherited_environment())
+    host = LocalHost(
+        paths.home,
+        conf.cluster_address,
+        __version__,
+        is_public=conf.is_public,
+        gpus=[gpu.model for gpu in gpus],
+    )
     name = socket.gethostname() if paths.home.name in {"node", "flops"} else _name_of(paths.home)
     membership = Membership(paths, conf, clock)
     node_id, tls = membership.node_id, membership.tls
@@ -184,7 +192,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     bring_image = images.bring if images is not None else None
     certify = membership.certify if membership.authority else None
     preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image, certify)
-    supervisor = Supervisor(paths.services, preparer, services)
+    supervisor = Supervisor(paths.services, preparer, services, [gpu.number for gpu in gpus])
     view = NodeView(
         node_id=node_id,
         name=name,

@@ -11,10 +11,13 @@ from flops.adapters.confinement import OPEN_FILES
 from flops.adapters.containers.engine import EngineFacts
 from flops.adapters.containers.mounts import binds_of, empty_root, temporary_files
 from flops.adapters.containers.node_python import rules_binds, rules_command
+from flops.adapters.gpus import device_files
 from flops.core.cluster import Resources
 from flops.core.reach import Reach
+from flops.errors import ErrorCode, FlopsError
 
 IMAGE_USER = 65_532  # as in our images: nobody's user, on the node too
+_PODMANS_GPUS = (5, 4)  # the first version to heed requests for devices; before, they are ignored
 _PROCESSES = 32_768  # of the user; each service has a limit of its own below that
 _SHARED_MEMORY_BYTES = 1024**3  # it counts as memory of the service
 
@@ -31,17 +34,23 @@ def describe(
 
     No user is root, no right is kept, and nothing can be written but the work folder, what the reach names,
     and file systems in memory. Its own program is started by one of the node's, which holds it to its ports.
+
+    Raises:
+        FlopsError: ``service_failed`` when the engine cannot give it the GPUs that it is to have.
     """
     image = reach.image if reach is not None and reach.image else empty_root()[0]
     binds = binds_of(argv, env, work_dir, reach)
     if reach is not None and reach.dials is not None and facts.can_restrict_network:
         argv = [*rules_command(reach.dials, reach.listens), *argv]
         binds += rules_binds()
+    gpus = _gpus(facts, reach) if reach is not None and reach.gpus else {}
+    # Without it, an image's own word may give it all GPUs where NVIDIA's runtime is the engine's usual one.
+    variables = dict(env) if "DeviceRequests" in gpus else {**env, "NVIDIA_VISIBLE_DEVICES": "void"}
     return {
         "Image": image,
         "Entrypoint": [argv[0]],
         "Cmd": list(argv[1:]),
-        "Env": [f"{name}={value}" for name, value in env.items()],
+        "Env": [f"{name}={value}" for name, value in variables.items()],
         "WorkingDir": str(work_dir),
         "User": _user(facts),
         "HostConfig": {
@@ -57,7 +66,7 @@ def describe(
             "Init": True,  # passes signals on, and reaps; it is no part of the service
             "RestartPolicy": {"Name": "no"},  # the node restarts services, and counts
             **_limits(facts, resources),
-            **(_gpus(resources.vgpus, has_image=image != empty_root()[0]) if resources.vgpus else {}),
+            **gpus,
         },
     }
 
@@ -88,18 +97,28 @@ def _limits(facts: EngineFacts, resources: Resources) -> dict[str, Any]:
     return limits
 
 
-def _gpus(count: int, *, has_image: bool) -> dict[str, Any]:
+def _gpus(facts: EngineFacts, reach: Reach) -> dict[str, Any]:
     """NVIDIA's GPUs: an image needs the engine's own support, which brings the driver's libraries, too."""
-    if has_image:
-        return {"DeviceRequests": [{"Driver": "", "Count": count, "Capabilities": [["gpu"]]}]}
-    devices = sorted(path for path in Path("/dev").glob("nvidia*") if path.is_char_device())
-    rights = "rwm"
-    return {
-        "Devices": [
-            {"PathOnHost": str(path), "PathInContainer": str(path), "CgroupPermissions": rights}
-            for path in devices
-        ]
-    }
+    numbers = [str(number) for number in reach.gpus]
+    if not reach.image:
+        return {
+            "Devices": [
+                {"PathOnHost": path, "PathInContainer": path, "CgroupPermissions": "rw"}
+                for path in device_files(reach.gpus)
+                if Path(path).exists()
+            ]
+        }
+    if facts.name == "docker":
+        return {"DeviceRequests": [{"Driver": "", "DeviceIDs": numbers, "Capabilities": [["gpu"]]}]}
+    if not facts.is_at_least(*_PODMANS_GPUS):
+        raise FlopsError(
+            ErrorCode.SERVICE_FAILED,
+            f"{reach.image} needs GPUs, which Podman gives to images since version "
+            f"{'.'.join(map(str, _PODMANS_GPUS))}, and this is {facts.version}.",
+            hint="Use a newer Podman, Docker, or `packaging: environment`.",
+        )
+    devices = [f"nvidia.com/gpu={number}" for number in numbers]
+    return {"DeviceRequests": [{"Driver": "cdi", "DeviceIDs": devices}]}
 
 
 def _ulimit(name: str, value: int) -> dict[str, Any]:

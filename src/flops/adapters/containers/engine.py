@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,9 +59,12 @@ class EngineFacts:
     @property
     def can_restrict_network(self) -> bool:
         """Whether services can be held to ports: the kernel can, and the engine's filter lets them ask."""
-        major = self.version.partition(".")[0]
-        is_old = self.name == "docker" and major.isdecimal() and int(major) < _LANDLOCK_SINCE
-        return can_restrict() and not is_old
+        return can_restrict() and (self.name != "docker" or self.is_at_least(_LANDLOCK_SINCE))
+
+    def is_at_least(self, *version: int) -> bool:
+        """Whether the engine's version is this or newer; what cannot be read counts as new."""
+        numbers = tuple(int(part) for part in re.findall(r"\d+", self.version))
+        return numbers >= version or not numbers
 
 
 class ContainerEngine:
