@@ -56,7 +56,7 @@ class ControlSettings(Settings):
     """The control plane: manager, cluster orchestrator and MLflow server."""
 
     home: Path = Field(default_factory=default_home, description="folder of all state; FLOPS_HOME")
-    host: str = Field("127.0.0.1", description="address the manager and MLflow listen on")
+    host: str = Field("127.0.0.1", description="address the manager listens on, and MLflow by its port")
     manager_port: int = Field(5072, ge=0, le=65_535, description="port of the REST API")
     cluster_host: str = Field("127.0.0.1", description="address that NodeEngines dial")
     cluster_port: int = Field(10_100, ge=0, le=65_535, description="port that NodeEngines dial")

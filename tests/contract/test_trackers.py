@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(home: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(home, "127.0.0.1", 0, dict(os.environ))
+    server = MlflowServer(home, 0, dict(os.environ))
     server.start()
     try:
         server.wait_ready()

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -106,6 +107,14 @@ def test_a_control_plane_that_encrypts_is_found_here_and_connected_to_from_elsew
     assert str(home.endpoint()["manager_url"]).startswith("https://127.0.0.1:")
     assert str(home.control / "authority.crt") in up.stdout
     assert home.run("status").returncode == 0
+    token = (home.control / "admin.token").read_text().strip()
+    gui = httpx.get(
+        f"{home.endpoint()['manager_url']}/mlflow/",
+        auth=("anybody", token),
+        verify=ssl.create_default_context(cafile=home.control / "authority.crt"),
+        timeout=60,  # MLflow may still be starting; its socket is there
+    )
+    assert "MLflow" in gui.text
     line = home.run("status", "--connect", "--address", "127.0.0.1").stdout.strip()
     elsewhere = Home(home.folder / "elsewhere")
     assert elsewhere.run("connect", line).returncode == 0

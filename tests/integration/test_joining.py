@@ -488,6 +488,30 @@ def test_blobs_are_for_nodes_and_for_services_while_they_run(cluster: SafeCluste
         until(lambda: cluster.get(path, auth=("s1", key)) == (403, "forbidden"), "its key ends with it")
 
 
+def test_mlflow_is_for_aggregators_while_they_run(cluster: SafeCluster) -> None:
+    path = "/mlflow/api/2.0/mlflow/experiments/search"
+    cluster.join("n1")
+    assert cluster.get(path) == (401, "unauthenticated")
+    assert cluster.get(path, cluster.tls_of("n1")) == (401, "unauthenticated")  # nodes have no business there
+    with cluster.linked("n1") as played:
+        played.expect(Welcome)
+        cluster.orchestrator.start_service(
+            spec("a1", "n1").model_copy(update={"kind": ServiceKind.AGGREGATOR})
+        )
+        aggregator = ("a1", played.expect(StartService).spec.key)
+        cluster.orchestrator.start_service(spec("s1", "n1"))
+        learner = ("s1", played.expect(StartService).spec.key)
+        assert cluster.get(path, auth=aggregator) == (
+            404,
+            "not_found",
+        )  # let through; nothing is behind it here
+        assert cluster.get(path, auth=learner) == (403, "forbidden")
+        assert cluster.get(path, auth=("a1", learner[1])) == (403, "forbidden")
+        status = ServiceStatus(service_id=ServiceId("a1"), state=ServiceState.COMPLETED)
+        played.link.send(ServiceChanged(status=status))
+        until(lambda: cluster.get(path, auth=aggregator) == (403, "forbidden"), "its key ends with it")
+
+
 def test_only_the_node_of_an_aggregator_gets_its_certificate(cluster: SafeCluster, tmp_path: Path) -> None:
     for node_id in ("n1", "n2"):
         cluster.join(node_id)

@@ -105,10 +105,20 @@ class HttpServer:
         host: address to listen on.
         port: port to listen on; 0 for a free one.
         tls: how to encrypt; None not to.
+        listener: of `listen`, when the port had to be known before.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
         self._host = host
+        self._listener = listener
         self._port = port
         config = uvicorn.Config(
             app,
@@ -137,7 +147,7 @@ class HttpServer:
             FlopsError: ``port_occupied``, ``config_invalid`` for an address that is not of this machine,
                 ``internal`` when the server does not start.
         """
-        listener = _listen(self._host, self._port)
+        listener = self._listener or listen(self._host, self._port)
         self._port = listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, args=(listener,), name="http-server", daemon=True)
         self._thread.start()
@@ -198,7 +208,12 @@ def server_tls(identity: Path, authority: str | None, *, key: Path | None = None
     return context
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Take a port; who calls waits until a server serves it.
+
+    Raises:
+        FlopsError: ``port_occupied``, ``config_invalid`` for an address that is not of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)

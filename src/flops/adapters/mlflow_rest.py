@@ -33,11 +33,12 @@ class MlflowRest:
     Args:
         uri: ``http://host:port`` of the server.
         timeout_s: longest wait for one answer.
+        options: of the HTTP client, such as `verify`: how to encrypt.
     """
 
-    def __init__(self, uri: str, timeout_s: float) -> None:
+    def __init__(self, uri: str, timeout_s: float, **options: Any) -> None:
         self._uri = uri
-        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
+        self._client = httpx.Client(timeout=timeout_s, trust_env=False, **options)
 
     def close(self) -> None:
         """Close the connections."""

@@ -36,7 +36,8 @@ _STABLE_S = 60.0  # a server that lived this long starts anew without delay
 _START_PATIENCE_S = 300.0  # of a child that has not answered yet
 _LOOK_S = 10.0  # how often is looked whether it answers
 _BACKLOG = 512
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 (compared, not bound)
+_HOST = "127.0.0.1"  # it asks nobody who they are; others reach it by the manager's port
+_NAMES = ("127.0.0.1", "localhost")  # MLflow refuses every other one: no foreign page can reach it by DNS
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +51,6 @@ class MlflowServer:
 
     Args:
         home: folder of the database, the artifacts and the log; made when it does not exist.
-        host: address to listen on.
         port: port to listen on; 0 for a free one, see `port`.
         environ: environment the child starts from; MLflow's own variables in it are left out.
         answer_patience_s: a child that has not answered for this long hangs, and is replaced.
@@ -59,7 +59,6 @@ class MlflowServer:
     def __init__(
         self,
         home: Path,
-        host: str,
         port: int,
         environ: Mapping[str, str],
         *,
@@ -67,7 +66,6 @@ class MlflowServer:
     ) -> None:
         self._home = home.absolute()
         self._answer_patience_s = answer_patience_s
-        self._host = host
         self._port = port
         self._environ = environ
         self._lock = threading.Lock()
@@ -86,8 +84,8 @@ class MlflowServer:
 
     @property
     def url(self) -> str:
-        """Where clients find it; an any-address is replaced by the loopback address."""
-        return f"http://{_in_url(_ANY_ADDRESS.get(self._host, self._host))}:{self._port}"
+        """Where programs of this machine find it."""
+        return f"http://{_HOST}:{self._port}"
 
     @property
     def log_path(self) -> Path:
@@ -104,8 +102,8 @@ class MlflowServer:
         """Listen and start the child; does not wait until it is ready.
 
         Raises:
-            FlopsError: ``port_occupied``, ``config_invalid`` (an address that is not this machine's, a port
-                that needs root), ``already_running``, ``file_unreadable``.
+            FlopsError: ``port_occupied``, ``config_invalid`` (a port that needs root), ``already_running``,
+                ``file_unreadable``.
         """
         if self._socket is not None:
             raise FlopsError(ErrorCode.ALREADY_RUNNING, f"The MLflow server runs already, at {self.url}.")
@@ -116,7 +114,7 @@ class MlflowServer:
             raise FlopsError(
                 ErrorCode.FILE_UNREADABLE, f"The folder {self._home} of MLflow cannot be used: {exc}."
             ) from exc
-        self._socket = _listen(self._host, self._port)
+        self._socket = _listen(self._port)
         self._port = int(self._socket.getsockname()[1])
         self._pipe = os.pipe()
         self._stopping.clear()
@@ -238,7 +236,6 @@ class MlflowServer:
             for key, value in self._environ.items()
             if not key.startswith(("MLFLOW_", "_MLFLOW_", "prometheus_multiproc_dir"))
         }
-        hosts = _names_of(self._host)
         return inherited | {
             "_MLFLOW_SERVER_FILE_STORE": database,
             "_MLFLOW_SERVER_REGISTRY_STORE": database,
@@ -248,8 +245,8 @@ class MlflowServer:
             "_MLFLOW_SGI_NAME": "uvicorn",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join([*hosts, *(f"{h.replace('[', '[[]')}:*" for h in hosts)]),
-            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{h}:{self._port}" for h in hosts),
+            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join([*_NAMES, *(f"{name}:*" for name in _NAMES)]),
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}:{self._port}" for name in _NAMES),
             "MALLOC_ARENA_MAX": "2",  # fewer heaps for its worker threads: less memory
         }
 
@@ -315,37 +312,19 @@ def _end(pid: int) -> None:
     psutil.wait_procs(family, timeout=_GRACE_S)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        listener.bind((_HOST, port))
         listener.listen(_BACKLOG)
     except OSError as exc:
         listener.close()
         if exc.errno == errno.EADDRINUSE:
             raise FlopsError(
-                ErrorCode.PORT_OCCUPIED, f"Port {port} on {host} is in use; the MLflow server needs it."
+                ErrorCode.PORT_OCCUPIED, f"Port {port} on {_HOST} is in use; the MLflow server needs it."
             ) from exc
         raise FlopsError(
-            ErrorCode.CONFIG_INVALID, f"The MLflow server cannot listen on {host}:{port}: {exc.strerror}."
+            ErrorCode.CONFIG_INVALID, f"The MLflow server cannot listen on {_HOST}:{port}: {exc.strerror}."
         ) from exc
     return listener
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _names_of(host: str) -> list[str]:
-    """Hosts people may open: MLflow refuses every other name, so that no foreign page can reach it by DNS."""
-    names = {"localhost", "127.0.0.1", "[::1]", _in_url(host)}
-    if host in _ANY_ADDRESS:
-        names |= {socket.gethostname(), socket.getfqdn()}
-        for addresses in psutil.net_if_addrs().values():
-            names |= {
-                _in_url(entry.address.partition("%")[0])
-                for entry in addresses
-                if entry.family in (socket.AF_INET, socket.AF_INET6)
-            }
-    return sorted(name for name in names if name not in {"", "0.0.0.0", "[::]"})  # noqa: S104 (compared)

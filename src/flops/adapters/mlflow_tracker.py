@@ -48,12 +48,15 @@ class MlflowTracker:
         tracking_uri: ``http://host:port`` of the MLflow server.
         public_uri: the address in links for people; `tracking_uri` when empty.
         timeout_s: longest wait for one answer; a server that is being restarted answers after about 4 s.
+        options: of the HTTP client, such as `verify`: how to encrypt.
     """
 
-    def __init__(self, tracking_uri: str, *, public_uri: str = "", timeout_s: float = 15.0) -> None:
+    def __init__(
+        self, tracking_uri: str, *, public_uri: str = "", timeout_s: float = 15.0, **options: Any
+    ) -> None:
         self._uri = tracking_uri.rstrip("/")
         self._public_uri = (public_uri or tracking_uri).rstrip("/")
-        self._api = MlflowRest(self._uri, timeout_s)
+        self._api = MlflowRest(self._uri, timeout_s, **options)
         self._lock = threading.RLock()
         self._runs = MlflowRuns(self._api)
         self._rounds = RoundSeries(self._api, self._runs)

@@ -110,7 +110,6 @@ def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) 
     listening = {
         **({} if status.manager_url.startswith("https:") else {"the manager": status.manager_host}),
         **({} if status.is_cluster_encrypted else {"the cluster": status.cluster_address.rpartition(":")[0]}),
-        "MLflow": status.tracking_url.rpartition("://")[2].rpartition(":")[0],
         **{f"node {node.name}": node.facts.address for node in nodes if node.is_connected},
     }
     open_ones = [f"{name} ({host})" for name, host in listening.items() if not is_loopback(host)]

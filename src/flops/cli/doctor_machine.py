@@ -102,13 +102,17 @@ def _configured(settings: ControlSettings) -> list[tuple[str, str, int]]:
     ports = [
         ("the manager", settings.host, settings.manager_port),
         ("the cluster", settings.cluster_host, settings.cluster_port),
-        ("MLflow's tracking", settings.host, settings.tracking_port),
+        ("MLflow's tracking", "127.0.0.1", settings.tracking_port),
     ]
     return [entry for entry in ports if entry[2]]
 
 
 def _announced(endpoint: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    keys = (("manager_url", "the manager"), ("cluster_address", "the cluster"), ("tracking_url", "MLflow"))
+    keys = (
+        ("manager_url", "the manager"),
+        ("cluster_address", "the cluster"),
+        ("tracking_loopback_url", "MLflow"),
+    )
     for key, name in keys:
         host, _, port = str(endpoint.get(key, "")).rstrip("/").rpartition("://")[2].rpartition(":")
         if port.isdecimal():

@@ -7,6 +7,7 @@ import hmac
 from starlette.types import Scope
 
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.http_credentials import bearer_token
 from flops.wire.join import MANAGER_AUTHORITY_PATH
 
 # Readiness probes and the description of the API say nothing about the deployment.
@@ -26,11 +27,10 @@ def check_token(scope: Scope, token: str) -> None:
     """
     if scope["path"] in _OPEN_PATHS:
         return
-    shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    scheme, _, credentials = shown.partition(b" ")
-    if scheme.lower() != b"bearer" or not credentials.strip():
+    shown = bearer_token(scope)
+    if not shown:
         raise FlopsError(ErrorCode.UNAUTHENTICATED, f"{scope['method']} {scope['path']} needs a token.")
-    if not hmac.compare_digest(credentials.strip(), token.encode()):
+    if not hmac.compare_digest(shown.encode(), token.encode()):
         raise FlopsError(
             ErrorCode.UNAUTHENTICATED, f"The token sent with {scope['method']} {scope['path']} is not valid."
         )

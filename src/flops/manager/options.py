@@ -12,7 +12,8 @@ class EngineOptions:
     """Options of the project engine.
 
     Args:
-        tracking_uri: base URL of the MLflow server, for aggregators.
+        tracking_uri: base URL of the MLflow server for aggregators; see `AggregatorConfig`.
+        tracking_public_uri: likewise, for people.
         secret: kept by the control plane over restarts; the tokens of learners are derived from it.
         packaging: what projects run from whose SLA does not say.
         registry: ``host:port`` of the registry for images, "" for the cluster's own.
@@ -26,6 +27,7 @@ class EngineOptions:
 
     tracking_uri: str
     secret: bytes
+    tracking_public_uri: str = ""
     packaging: Packaging = Packaging.ENVIRONMENT
     registry: str = ""
     base_image: str = ""

@@ -174,6 +174,7 @@ def _aggregator_config(project: Project, options: EngineOptions) -> AggregatorCo
         seed=training.seed,
         learner_token=learner_token(project, options.secret),
         tracking_uri=options.tracking_uri,
+        tracking_public_uri=options.tracking_public_uri,
         model_name=project.sla.model_name or f"flops-{project.id}",
         tags={
             "flops.project_id": project.id,

@@ -5,8 +5,6 @@ Open are only the sign of life, the authority's certificate, and joining, which 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import logging
 from collections.abc import Awaitable, Callable
@@ -18,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flops.core.admission import PeerCertificate
-from flops.core.cluster import Service
+from flops.core.cluster import Service, ServiceKind
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.admission import Admission
+from flops.wire.http_credentials import basic_credentials
 from flops.wire.join import (
     AUTHORITY_PATH,
     JOIN_PATH,
@@ -34,6 +33,7 @@ from flops.wire.join import (
     RenewalRequest,
     ServiceCertificateRequest,
 )
+from flops.wire.services import TRACKING_PATH
 
 _OPEN = frozenset({"/", AUTHORITY_PATH, JOIN_PATH})
 _FOR_SERVICES = ("/api/blobs/", "/v2/")
@@ -110,34 +110,30 @@ class PortGuard:
         return None
 
     async def _check(self, scope: Scope, peer: PeerCertificate | None) -> None:
-        if peer is not None or not scope["path"].startswith(_FOR_SERVICES):
+        is_tracking = scope["path"].startswith(f"{TRACKING_PATH}/")
+        if not is_tracking and (peer is not None or not scope["path"].startswith(_FOR_SERVICES)):
             await self._call(lambda: self._admission.check(peer))
             return
-        service_id, key = _credentials(scope)
+        service_id, key = basic_credentials(scope)
         if not key:
             raise FlopsError(
                 ErrorCode.UNAUTHENTICATED,
                 f"{scope['method']} {scope['path']} needs a node's certificate or a service's key.",
                 hint="Only nodes of this cluster, and services on them, are served here.",
             )
-        if not self._admission.is_service_key(service_id, key) or self._running(service_id) is None:
+        service = self._running(service_id) if self._admission.is_service_key(service_id, key) else None
+        if service is None:
             raise FlopsError(
                 ErrorCode.FORBIDDEN,
                 f"The key shown for service {service_id[:80]!r} is not valid, or the service has ended.",
                 hint="Keys are good while their service runs.",
             )
-
-
-def _credentials(scope: Scope) -> tuple[str, str]:
-    shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    scheme, _, coded = shown.partition(b" ")
-    if scheme.lower() != b"basic":
-        return "", ""
-    try:
-        user, _, password = base64.b64decode(coded, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
-        return "", ""
-    return user, password
+        if is_tracking and service.spec.kind is not ServiceKind.AGGREGATOR:
+            raise FlopsError(
+                ErrorCode.FORBIDDEN,
+                f"Service {service_id} is a {service.spec.kind.value}, which has nothing to do in MLflow.",
+                hint="Aggregators track; people use the manager's port.",
+            )
 
 
 async def _read(model: type[M], scope: Scope, receive: Receive) -> M:

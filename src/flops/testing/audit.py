@@ -70,7 +70,7 @@ class Books:
         endpoint = json.loads((control / ENDPOINT_FILE).read_text())
         manager = find_manager(ClientSettings.read({}, home=deployment.home))
         self.api = ApiClient(manager.url, manager.token, authority=manager.authority)
-        self.tracking = Tracking(endpoint["tracking_url"])
+        self.tracking = Tracking(endpoint["tracking_loopback_url"])
 
     def close(self) -> None:
         """Close the connections."""

@@ -75,7 +75,8 @@ class ControlStatus(Value):
     authority_file: str = ""  # there: certificate that the manager is known by; "" when it needs none of ours
     cluster_address: str  # what to give to `NodeEngine -a`, as host:port
     is_cluster_encrypted: bool = False  # then nodes join by a token
-    tracking_url: str
+    tracking_url: str  # by the manager's port where that encrypts
+    tracking_loopback_url: str = ""  # the same for programs of its machine, without a token
     is_tracking_ready: bool
     tracking_detail: str = ""
     home: str

@@ -9,6 +9,8 @@ from flops.core.platforms import Platform
 from flops.core.project import Environment, TrainedModel
 from flops.core.sla import EarlyStopping, MockDataConfiguration, Strategy, TargetMetric
 
+TRACKING_PATH = "/mlflow"  # of the MLflow server on the port of the manager, and of the cluster
+
 
 class ImageOrder(Value):
     """Images that a builder is to make and push: of aggregator and learner, or of the trained model.
@@ -65,7 +67,8 @@ class AggregatorConfig(Value):
     early_stopping: EarlyStopping | None = None
     seed: int | None = None
     learner_token: str  # learners show it when they connect
-    tracking_uri: str  # MLflow server
+    tracking_uri: str  # MLflow server; `TRACKING_PATH` where the cluster's port leads to it
+    tracking_public_uri: str = ""  # where people see it; `tracking_uri` if not given
     model_name: str  # in the model registry
     tags: dict[str, str] = Field(default_factory=dict)  # of the run: repository, commit, data tags
     parent: ParentAggregator | None = None

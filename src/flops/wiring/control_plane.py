@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from starlette.routing import BaseRoute
 import flops
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.git_repos import GitRepos
-from flops.adapters.http_server import HttpServer
+from flops.adapters.http_server import HttpServer, listen
 from flops.adapters.mlflow_server import MlflowServer
 from flops.adapters.mlflow_tracker import MlflowTracker
 from flops.adapters.package_index import HttpPackageIndex
@@ -45,6 +46,7 @@ from flops.manager.engine import Engine
 from flops.manager.images import ImageShelf
 from flops.manager.options import EngineOptions
 from flops.manager.retention import DAY_S, Retention, RetentionOptions
+from flops.manager.tracking_door import TrackingDoor
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.packages import PackageCache
@@ -52,8 +54,10 @@ from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
 from flops.settings import ControlSettings, inherited_environment
 from flops.wire.rest import ControlStatus, InvitationMade, InvitationRequest
+from flops.wire.services import TRACKING_PATH
 from flops.wiring.cluster_port import guarded, with_registry
 from flops.wiring.manager_certificate import ManagerTls, open_manager_tls
+from flops.wiring.tracking_proxy import beside_cluster, with_tracking
 
 if TYPE_CHECKING:
     from flops.wiring.cluster_security import ClusterSecurity
@@ -109,9 +113,11 @@ def _open_shelf(
     )
 
 
-def _engine_options(settings: ControlSettings, tracking_uri: str) -> EngineOptions:
+def _engine_options(settings: ControlSettings, tracking_uri: str, public_uri: str) -> EngineOptions:
+    is_near = not _leads_to_tracking(settings)
     return EngineOptions(
-        tracking_uri=tracking_uri,
+        tracking_uri=tracking_uri if is_near else TRACKING_PATH,
+        tracking_public_uri=public_uri,
         secret=keep_token(settings.control_dir / SECRET_FILE).encode(),
         packaging=Packaging(settings.packaging),
         registry=settings.registry or "",
@@ -131,12 +137,16 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     tracking = _start_tracking(settings, ports, parts)
     blobs = FileBlobs(folder / "blobs")
     tls = open_manager_tls(settings, clock, parts)
+    listener = parts.enter_context(listen(settings.host, ports.wanted("manager", settings.manager_port)))
+    manager_url = _manager_url(settings, tls, listener.getsockname()[1])
+    tracking_url = tracking.url if is_loopback(settings.host) else f"{manager_url}{TRACKING_PATH}"
     security = _open_security(settings, parts, clock)
     orchestrator = _open_orchestrator(folder, clock, security)
     packages, sweeps = _open_packages(settings, blobs, parts)
     image_blobs, images = _open_images(folder / IMAGES_FOLDER)
     registry = build_registry(image_blobs, images, clock)
-    cluster = _serve_cluster(settings, ports, (orchestrator, blobs, packages, registry), security)
+    served = (orchestrator, blobs, packages, registry, tracking.url)
+    cluster = _serve_cluster(settings, ports, served, security)
     parts.callback(cluster.close)
 
     store = SqlProjectStore(folder / PROJECTS_FILE)
@@ -147,7 +157,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         repos=repos,
         blobs=blobs,
         clock=clock,
-        options=_engine_options(settings, tracking.url),
+        options=_engine_options(settings, tracking.url, tracking_url),
         tracker=MlflowTracker(tracking.url),
     )
 
@@ -157,12 +167,13 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         is_ready = tracking.is_ready()
         return ControlStatus(
             version=flops.__version__,
-            manager_url=_manager_url(settings, tls, manager.port),
+            manager_url=manager_url,
             manager_host=settings.host,
             authority_file=tls.authority_file,
             cluster_address=f"{settings.cluster_host}:{cluster.port}",
             is_cluster_encrypted=security is not None,
-            tracking_url=tracking.url,
+            tracking_url=tracking_url,
+            tracking_loopback_url=tracking.url,
             is_tracking_ready=is_ready,
             tracking_detail="" if is_ready else f"not ready yet; its log is {tracking.log_path}",
             home=str(settings.home),
@@ -184,8 +195,8 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         invite=invite,
         authority=tls.authority,
     )
-    port = ports.wanted("manager", settings.manager_port)
-    manager = HttpServer(app, settings.host, port, tls=tls.context)
+    safe = with_tracking(app, tracking.url, partial(TrackingDoor, token=token))
+    manager = HttpServer(safe, settings.host, 0, tls=tls.context, listener=listener)
     parts.callback(manager.close)
     engine.start()
     parts.callback(engine.close)  # before the server waits for its connections: it ends their streams
@@ -201,7 +212,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
 def _start_tracking(settings: ControlSettings, ports: KeptPorts, parts: ExitStack) -> MlflowServer:
     port = ports.wanted("tracking", settings.tracking_port)
     folder = settings.control_dir / TRACKING_FOLDER
-    tracking = MlflowServer(folder, settings.host, port, inherited_environment())
+    tracking = MlflowServer(folder, port, inherited_environment())
     tracking.start()
     parts.callback(tracking.stop)
     return tracking
@@ -222,6 +233,11 @@ def _manager_url(settings: ControlSettings, tls: ManagerTls, port: int) -> str:
     return f"{scheme}://{with_port(reached_here(settings.host), port)}"
 
 
+def _leads_to_tracking(settings: ControlSettings) -> bool:
+    """Whether aggregators track by the cluster's port: MLflow itself is reached by this machine only."""
+    return settings.encrypts(settings.cluster_host) or not is_loopback(settings.cluster_host)
+
+
 def _open_orchestrator(
     folder: Path, clock: SystemClock, security: ClusterSecurity | None
 ) -> ClusterOrchestrator:
@@ -232,14 +248,16 @@ def _open_orchestrator(
 def _serve_cluster(
     settings: ControlSettings,
     ports: KeptPorts,
-    served: tuple[ClusterOrchestrator, FileBlobs, Sequence[BaseRoute], Starlette],
+    served: tuple[ClusterOrchestrator, FileBlobs, Sequence[BaseRoute], Starlette, str],
     security: ClusterSecurity | None,
 ) -> HttpServer:
     """Serve nodes, blobs and the registry of images on the port that nodes dial."""
-    orchestrator, blobs, packages, registry = served
+    orchestrator, blobs, packages, registry, tracking_url = served
     max_bytes = settings.max_blob_mb * 1024**2
     app = build_cluster_app(orchestrator, blobs, max_blob_bytes=max_bytes, more=packages)
     app = with_registry(app, registry)
+    if _leads_to_tracking(settings):
+        app = with_tracking(app, tracking_url, beside_cluster)
     if security is not None:
         app = guarded(app, security.admission, orchestrator)
     tls = security.tls if security is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urljoin
 
 if TYPE_CHECKING:
     from flops.actor import ActorContext, EventLog
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from flops.core.ids import Digest
     from flops.image_ports import BaseImages
     from flops.ports import Environments
+    from flops.tracker_port import Tracker
     from flops.wire.services import ImageOrder
     from flops.wiring.registries import ClusterRegistry
 
@@ -53,15 +55,16 @@ def run_aggregator(arguments: list[str]) -> int:
 
     quiet_libraries()  # before Flower is imported
 
+    from functools import partial
+
     from flops.actor import run_actor
-    from flops.adapters.mlflow_tracker import MlflowTracker
     from flops.log import configure_logging
     from flops.trainer.aggregator import main as aggregate
 
     configure_logging("INFO")
     environ = inherited_environment()
     code = run_actor(
-        lambda context, events: aggregate(context, events, MlflowTracker, environ),
+        lambda context, events: aggregate(context, events, partial(_open_tracker, context), environ),
         ["", *arguments],
         has_users_code=False,  # its children do, and tell it no more than may be revealed
     )
@@ -69,6 +72,19 @@ def run_aggregator(arguments: list[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _open_tracker(context: ActorContext, uri: str) -> Tracker:
+    """The record of experiments at a URI, or where the cluster's port leads, as the service that asks."""
+    from flops.adapters.mlflow_tracker import MlflowTracker
+    from flops.wire.cluster_tls import http_options
+    from flops.wire.services import TRACKING_PATH
+
+    public_uri = str(context.config.get("tracking_public_uri", ""))
+    if uri != TRACKING_PATH:
+        return MlflowTracker(uri, public_uri=public_uri)
+    options = http_options(context.authority, context.service_id, context.key)
+    return MlflowTracker(urljoin(context.blobs_url, uri), public_uri=public_uri, **options)
 
 
 def run_mock_data_provider(arguments: list[str]) -> int:
