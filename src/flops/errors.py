@@ -100,6 +100,7 @@ class ErrorCode(StrEnum):
     IMAGE_NOT_FOUND = "image_not_found"
     IMAGE_DAMAGED = "image_damaged"
     IMAGE_BUILD_FAILED = "image_build_failed"
+    DOCKERFILE_FAILED = "dockerfile_failed"
     REGISTRY_UNREACHABLE = "registry_unreachable"
     REGISTRY_REFUSED = "registry_refused"
 
@@ -277,6 +278,11 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ),
     ErrorCode.IMAGE_BUILD_FAILED: ErrorSpec(
         502, 83, "See `flops project logs` for the builder's output; submitting again tries anew."
+    ),
+    ErrorCode.DOCKERFILE_FAILED: ErrorSpec(
+        422,
+        86,
+        "Correct the Dockerfile; `flops project logs ID --service builder` shows all that its steps wrote.",
     ),
     ErrorCode.REGISTRY_UNREACHABLE: ErrorSpec(
         503, 84, "Check that the registry runs, and its address; what was sent is kept, the next try goes on."

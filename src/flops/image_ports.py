@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -178,6 +178,57 @@ class BaseImages(Protocol):
         Raises:
             FlopsError: ``image_build_failed``, ``image_not_found``, ``image_damaged``, ``unreachable``,
                 ``registry_unreachable``, ``registry_refused``, ``timeout``, ``disk_full``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ContainerBuild:
+    """A Dockerfile that is to be run, for one platform.
+
+    Args:
+        folder: has ``Dockerfile``, the folder ``context``, and ``bases``, an image layout of the OCI's; all
+            users can read them. The image is put into the layout ``made/image``; nothing else is in the
+            folder.
+        platform: of the image.
+        bases: images that the Dockerfile names; the first is the image ``0`` in ``bases``, and so on.
+        timeout_s: for all of it.
+    """
+
+    folder: Path
+    platform: Platform
+    bases: tuple[str, ...]
+    timeout_s: float
+
+
+class ContainerBuilds(Protocol):
+    """Runs Dockerfiles on this machine."""
+
+    def run(self, build: ContainerBuild, report: Report, keep_open: Sequence[int] = ()) -> None:
+        """Run a Dockerfile to its end. When this process ends, however, so does everything it started.
+
+        Args:
+            build: what is run.
+            report: is told each step, in one sentence.
+            keep_open: file descriptors that stay open until the last program has ended, such as a lock.
+
+        Raises:
+            FlopsError: ``dockerfile_failed``, naming the step; ``image_build_failed`` when this machine
+                cannot run any; ``timeout``, ``disk_full``.
+        """
+        ...
+
+
+class RepositoryImages(Protocol):
+    """Images that repositories describe themselves, to be what their project's images are put on."""
+
+    def make(self, repository: Path, platforms: Sequence[Platform], report: Report) -> Descriptor:
+        """The image of the repository's Dockerfile for each platform; returns the index's descriptor.
+
+        What was made from the same Dockerfile, images and files is used again.
+
+        Raises:
+            FlopsError: as `ContainerBuilds.run`, and as `Registry.pull` for the images it begins with.
         """
         ...
 

@@ -159,6 +159,27 @@ class TestShim:
         self.end(runtime)
         assert runtime.output(S1) == "refused\nrefused\n"
 
+    def test_a_service_that_confines_itself_is_as_confined_from_then_on(
+        self, runtime: ProcessRuntime, tmp_path: Path
+    ) -> None:
+        if "files" not in runtime.limits()[0]:
+            pytest.skip("files are not limited here")
+        work, outside = tmp_path / "work", tmp_path / "outside"
+        work.mkdir()
+        code = (
+            "import os, sys\n"
+            "from flops.adapters.confinement import confine, told_confinement\n"
+            "open(sys.argv[1], 'w').close()\n"
+            "confine(told_confinement(os.environ))\n"
+            "open('own', 'w').close()\n"
+            "try: open(sys.argv[1], 'w').close(); print('reached')\n"
+            "except PermissionError: print('refused')"
+        )
+        argv = [sys.executable, "-I", "-c", code, str(outside)]
+        runtime.start(S1, argv, {}, work, Resources(), Reach(confines_itself=True))
+        self.end(runtime)
+        assert runtime.output(S1) == "refused\n"
+
     def test_a_process_id_that_is_another_process_now_is_not_it(
         self, runtime: ProcessRuntime, folder: Path, tmp_path: Path
     ) -> None:

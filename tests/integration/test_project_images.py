@@ -6,23 +6,26 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uv
 
 import flops
-from flops.actor import ActorContext
+from flops.actor import ActorContext, EventLog
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.assembler import OciAssembler
 from flops.adapters.registry_client.client import OciRegistry
+from flops.builder.builder import main
 from flops.builder.images import ImageTools, ProjectImages
+from flops.core.ids import Digest, EnvironmentKey
 from flops.core.image_reference import parse_reference
 from flops.core.images import INDEX
 from flops.core.platforms import Platform
-from flops.core.project import TrainedModel
+from flops.core.project import Environment, TrainedModel
 from flops.settings import inherited_environment
 from flops.testing.contracts.image_assembler import images_of
-from flops.testing.images import HandMadeBase, own_registry, unpack_layer
+from flops.testing.images import HandMadeBase, HandMadeImages, own_registry, unpack_layer
 from flops.testing.wheels import lock_of, make_wheel, use_only
 from flops.wire.services import ImageOrder
 from flops.wiring.services import own_lock
@@ -54,7 +57,7 @@ class Shop:
             folder / "layers", self.blobs, HandMadeBase(), uv=Path(uv.find_uv_bin()), environ=environ
         )
         self.registry = OciRegistry()
-        self.tools = ImageTools(assembler, self.blobs, self.registry, own)
+        self.tools = ImageTools(assembler, self.blobs, self.registry, own, HandMadeImages(self.blobs))
 
     def images(self, **order: object) -> ProjectImages:
         given = {"project_id": "p1", "platforms": ("linux/amd64",), "source": "s", "commit": "c" * 40}
@@ -162,6 +165,66 @@ def test_another_registry_stands_in_the_images_name(shop: Shop, tmp_path: Path) 
         name = shop.images(registry=other, model=MODEL).push_model(shop.model_lock, shop.told.append)
         assert parse_reference(name).host == other
         assert shop.registry.find(parse_reference(name)).digest == parse_reference(name).digest
+
+
+class Fetched:
+    """Locks that the cluster has, by what stands in for their digests."""
+
+    def __init__(self, **locks: str) -> None:
+        self._locks = {digest * 64: lock for digest, lock in locks.items()}
+
+    def __call__(self, _url: str, digest: Digest, path: Path) -> None:
+        path.write_text(self._locks[digest])
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "Containerfile", ""])
+def test_what_a_dockerfile_makes_is_pushed_and_is_what_the_others_are_put_on(
+    shop: Shop, tmp_path: Path, file: str
+) -> None:
+    if file:
+        (shop.folder / "bundle" / file).write_text("FROM scratch\n")
+    orders: list[ImageOrder] = []
+
+    def open_images(order: ImageOrder) -> ImageTools:
+        orders.append(order)
+        return shop.tools
+
+    def build(**more: object) -> dict[str, Any]:
+        order = {"project_id": "p1", "platforms": ["linux/amd64"], "source": "s", "commit": "c" * 40, **more}
+        environment = Environment(
+            key=EnvironmentKey("e"), lock=Digest("a" * 64), model_lock=Digest("b" * 64), python=MINOR
+        )
+        context = ActorContext(
+            service_id="builder-p1",
+            project_id="p1",
+            node_name="n",
+            work_dir=str(tmp_path),
+            blobs_url=f"http://{shop.cluster}/api/blobs",
+            repo_dir=str(shop.folder / "bundle"),
+            kit_dir=str(shop.folder / "kit"),
+            config={
+                "flavor": "sklearn",
+                "environment_key": "e",
+                "environment": environment.model_dump(mode="json"),
+                "images": order,
+            },
+        )
+        fetched = Fetched(a=shop.lock, b=shop.model_lock)
+        main(context, EventLog(tmp_path), lambda _: pytest.fail("locked already"), open_images, fetched)
+        last = (tmp_path / "events.jsonl").read_text().splitlines()[-1]
+        return dict(json.loads(last))
+
+    images = build()["images"]
+    if not file:
+        assert images["base"] == ""
+        assert {order.base for order in orders} == {""}
+        return
+    assert images["base"].startswith("flops/p1/base@sha256:")
+    base = parse_reference(f"{shop.cluster}/{images['base']}")
+    assert shop.registry.find(base).digest == base.digest
+    assert [order.base for order in orders] == ["", str(base)]
+    assert parse_reference(f"{shop.cluster}/{build(base=images['base'], model=MODEL)['image']}").digest
+    assert orders[-1].base == str(base)
 
 
 def test_the_aggregators_lock_has_the_versions_that_flops_is_locked_to() -> None:

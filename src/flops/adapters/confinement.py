@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import resource
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flops.network_rules import can_restrict, check, landlock_version, restrict
 
 LIMITS = ("files", "network", "signals")
+VARIABLE = "FLOPS_CONFINEMENT"  # for services that first part with what may not be confined
 OPEN_FILES = 16_384  # of one process
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
@@ -50,6 +52,8 @@ _DROP_CAPABILITY, _NO_NEW_PRIVILEGES = 24, 38  # options of prctl(2)
 _KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 10})  # what root may do with files, and ports below 1024
 _LAST_CAPABILITY = 63
 
+_GIVES_WAY = 500  # of all processes, services are the ones to be ended when the machine runs out of memory
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -72,6 +76,18 @@ class Confinement:
     devices: tuple[str, ...] = ()
     dials: tuple[int, ...] | None = None
     listens: tuple[int, ...] = ()
+
+
+def told_confinement(environ: Mapping[str, str]) -> Confinement | None:
+    """How this process is to confine itself; None when it is confined already, or not at all."""
+    text = environ.get(VARIABLE, "")
+    return Confinement(**json.loads(text)) if text else None
+
+
+def give_way() -> None:
+    """Have this process and its descendants ended before others when the machine runs out of memory."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_GIVES_WAY))
 
 
 def limits() -> tuple[tuple[str, ...], str]:

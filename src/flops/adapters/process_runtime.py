@@ -143,6 +143,8 @@ class ProcessRuntime:
             variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             variables[VISIBLE_VARIABLE] = ",".join(map(str, reach.gpus))
             confined = asdict(self._confinement(work_dir, reach))
+            if reach.confines_itself:
+                variables[confinement.VARIABLE], confined = json.dumps(confined), None
         launch = {
             "argv": list(argv),
             "env": variables,

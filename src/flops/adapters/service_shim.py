@@ -30,7 +30,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[2]))  # where our own modules are
 
-from flops.adapters.confinement import Confinement, confine
+from flops.adapters.confinement import Confinement, confine, give_way
 from flops.adapters.output_files import OutputWriter
 
 LAUNCH_FILE = "launch.json"
@@ -48,7 +48,6 @@ _CHUNK_BYTES = 65_536
 _WINDOW_S = 0.1
 _WINDOW_BYTES = 2 * 1024**2  # of output; whoever writes more waits, as for a slow terminal
 _WAKE_S = 0.2
-_GIVES_WAY = 500  # of all processes, services are the ones to be ended when the machine runs out of memory
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -175,8 +174,7 @@ class Shim:
             self._confine(self._launch["confinement"])
 
     def _confine(self, confinement: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text(str(_GIVES_WAY))
+        give_way()
         try:
             confine(Confinement(**confinement))
         except (OSError, ValueError) as exc:

@@ -17,6 +17,7 @@ from flops.actor import ActorContext, EventLog
 from flops.builder.images import ImageTools, ProjectImages
 from flops.command import StoppedError, stopped_when
 from flops.core.ids import Digest, EnvironmentKey
+from flops.core.image_reference import is_host
 from flops.core.project import Environment
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Environments
@@ -27,7 +28,6 @@ _TIMEOUT_S = 60.0
 FetchBlob = Callable[[str, Digest, Path], None]
 OpenImages = Callable[[ImageOrder], ImageTools]
 _UPLOAD_ATTEMPTS = 5
-_RECIPES = ("Dockerfile", "Containerfile")  # of images, which other programs make
 
 
 def main(
@@ -93,8 +93,11 @@ class _Build:
             lock, model_lock = self._fetch(environment.lock), self._fetch(environment.model_lock)
         images = None
         if order is not None:
-            self._tell_what_is_not_used()
+            base = self._images(order).push_base(self._report)
+            if base:
+                order = order.model_copy(update={"base": base})
             images = self._images(order).push_training(lock, model_lock, self._report)
+            images = images.model_copy(update={"base": base})
         self._events.tell(
             "environment_locked",
             environment=environment.model_dump(mode="json"),
@@ -103,15 +106,9 @@ class _Build:
 
     def _images(self, order: ImageOrder) -> ProjectImages:
         cluster = urlsplit(self._context.blobs_url).netloc
+        if order.base and not is_host(order.base.partition("/")[0]):
+            order = order.model_copy(update={"base": f"{cluster}/{order.base}"})
         return ProjectImages(self._open_images(order), order, self._context, cluster)
-
-    def _tell_what_is_not_used(self) -> None:
-        for name in _RECIPES:
-            if Path(self._context.repo_dir, name).is_file():
-                self._report(
-                    f"The repository's {name} is not used: its image is made of FLOps' base, the dependency "
-                    "file and the code. System packages that it installs are missing (docs/images.md)."
-                )
 
     def _report(self, message: str) -> None:
         self._events.tell("progress", message=message)

@@ -11,10 +11,18 @@ from pathlib import Path
 import flops
 import flops_utils
 from flops.actor import ActorContext
+from flops.core.dockerfile import NAMES
 from flops.core.image_reference import ImageReference
-from flops.core.images import HealthCheck, ImageRun, image_labels
+from flops.core.images import Descriptor, HealthCheck, ImageRun, image_labels
 from flops.core.project import Images
-from flops.image_ports import ImageAssembler, ImageBlobs, ImageRecipe, Registry, Report
+from flops.image_ports import (
+    ImageAssembler,
+    ImageBlobs,
+    ImageRecipe,
+    Registry,
+    Report,
+    RepositoryImages,
+)
 from flops.wire.image_layout import BUNDLE, KIT, MODEL, OWN, OWN_MODULES, PROJECT, python_of
 from flops.wire.services import ImageOrder
 
@@ -32,12 +40,14 @@ class ImageTools:
         blobs: where the assembler leaves their parts.
         registry: takes them.
         own_lock: of what our own modules import, for the aggregator.
+        dockerfiles: makes the images that repositories describe.
     """
 
     assembler: ImageAssembler
     blobs: ImageBlobs
     registry: Registry
     own_lock: str
+    dockerfiles: RepositoryImages
 
 
 class ProjectImages:
@@ -56,6 +66,17 @@ class ProjectImages:
         self._kit = Path(context.kit_dir)
         self._bundle = Path(context.repo_dir)
         self._cluster = cluster
+
+    def push_base(self, report: Report) -> str:
+        """Make and push the image of the repository's Dockerfile; returns its name, "" without a Dockerfile.
+
+        Raises:
+            FlopsError: see `RepositoryImages.make` and `Registry.push`.
+        """
+        if not any((self._bundle / name).is_file() for name in NAMES):
+            return ""
+        index = self._tools.dockerfiles.make(self._bundle, self._order.platforms, report)
+        return self._push_index("base", self._order.commit[:12], index, report)
 
     def push_training(self, lock: str, model_lock: str, report: Report) -> Images:
         """Make and push the images of aggregator and learner.
@@ -151,7 +172,9 @@ class ProjectImages:
         )
 
     def _push(self, what: str, tag: str, recipe: ImageRecipe, report: Report) -> str:
-        index = self._tools.assembler.assemble(recipe, report)
+        return self._push_index(what, tag, self._tools.assembler.assemble(recipe, report), report)
+
+    def _push_index(self, what: str, tag: str, index: Descriptor, report: Report) -> str:
         name = f"flops/{self._order.project_id}/{what}"
         target = ImageReference(host=self._order.registry or self._cluster, name=name, tag=tag)
         self._tools.registry.push(target, index, self._tools.blobs, report)

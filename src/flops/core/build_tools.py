@@ -9,6 +9,7 @@ from flops.core.model import Value
 from flops.core.platforms import Platform
 
 BUILDING = "building"
+DOCKERFILES = "running Dockerfiles"
 RUNNING = "running images"
 
 
@@ -21,6 +22,7 @@ class BuildTools(Value):
         missing_for_base: Debian packages without which no base of images can be made here.
         python: the machine's ``major.minor``, which dependencies are locked for unless a project asks.
         base_python: that of the base that is made here.
+        missing_for_dockerfiles: Debian packages without which no Dockerfile can be run here.
         has_engine: whether a container engine is there.
         emulated: platforms whose programs run here by emulation.
     """
@@ -30,6 +32,7 @@ class BuildTools(Value):
     missing_for_base: tuple[str, ...] = ()
     python: str
     base_python: str
+    missing_for_dockerfiles: tuple[str, ...] = ()
     has_engine: bool = False
     emulated: tuple[Platform, ...] = ()
 
@@ -44,6 +47,7 @@ def build_findings(tools: BuildTools) -> Iterator[Finding]:
     yield fine(BUILDING, "environments", f"Environments{own} are built here.")
     for platform in Platform:
         yield _base_finding(tools, platform)
+        yield _dockerfile_finding(tools, platform)
         yield from _run_findings(tools, platform)
     if tools.python != tools.base_python and not tools.missing_for_base:
         yield known(
@@ -68,6 +72,28 @@ def _base_finding(tools: BuildTools, platform: Platform) -> Finding:
         f"Debian: `apt-get install {' '.join(tools.missing_for_base)}`; or have the control plane name a "
         "base image (FLOPS_BASE_IMAGE).",
     )
+
+
+def _dockerfile_finding(tools: BuildTools, platform: Platform) -> Finding:
+    """Repositories seldom have a Dockerfile, so what it lacks is no lack of the addon."""
+    what = f"Dockerfiles for {platform}"
+    if tools.missing_for_dockerfiles:
+        missing = " ".join(tools.missing_for_dockerfiles)
+        return known(
+            DOCKERFILES,
+            platform,
+            f"{what} are not run here: {missing} is missing.",
+            f"For repositories with a Dockerfile: `apt-get install {missing}` (Debian).",
+        )
+    if platform is not tools.platform and platform not in tools.emulated:
+        return known(
+            DOCKERFILES,
+            platform,
+            f"{what} are not run here, as nothing emulates it.",
+            "For repositories with a Dockerfile, install qemu-user-static (Debian: with binfmt-support), or "
+            "build on a machine of that platform.",
+        )
+    return fine(DOCKERFILES, platform, f"{what} are run here.")
 
 
 def _run_findings(tools: BuildTools, platform: Platform) -> Iterator[Finding]:

@@ -54,12 +54,26 @@ class Descriptor(Value):
     annotations: dict[str, str] = Field(default_factory=dict)
 
 
-class Layer(Value):
+class OfBlobs(Value):
+    """Something that is there while all its blobs are."""
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """Of all its blobs."""
+        raise NotImplementedError
+
+
+class Layer(OfBlobs):
     """A layer: its compressed blob, and the digest of the tar archive in it."""
 
     blob: Descriptor
     diff_id: Digest
     what: str = ""  # for people: one line of the image's history
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """Of its blob."""
+        return (self.blob.digest,)
 
 
 class Manifest(Value):
@@ -72,6 +86,18 @@ class Manifest(Value):
     def blobs(self) -> tuple[Descriptor, ...]:
         """Everything the image is made of beside its manifest, the config last."""
         return (*self.layers, self.config)
+
+
+class PlatformImage(OfBlobs):
+    """An image for one platform, with all it is made of."""
+
+    manifest: Descriptor
+    parts: tuple[Digest, ...]
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """Of the manifest and all it names."""
+        return (self.manifest.digest, *self.parts)
 
 
 class Index(Value):

@@ -70,6 +70,7 @@ class Images(Value):
     aggregator: str
     learner: str
     inference: str = ""  # of the trained model, once it is packaged
+    base: str = ""  # of the repository's Dockerfile, which the others are put on
 
 
 class ClusterPlacement(Value):

@@ -16,4 +16,5 @@ class Reach(Value):
     dials: tuple[int, ...] | None = None  # TCP ports that it may connect to; None for any network
     listens: tuple[int, ...] = ()  # TCP ports that it may listen at, if `dials` says something
     gpus: tuple[int, ...] = ()  # numbers of the node's GPUs that it may use
+    confines_itself: bool = False  # before it touches anything of a user's; see flops.adapters.confinement
     image: str = ""  # the container image that it runs in; "" for the node's own system and programs

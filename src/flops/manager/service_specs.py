@@ -56,7 +56,7 @@ def _image_order(project: Project, options: EngineOptions, model: TrainedModel |
     return ImageOrder(
         project_id=project.id,
         registry=options.registry,
-        base=options.base_image,
+        base=(project.images.base if project.images is not None else "") or options.base_image,
         platforms=project.sla.supported_platforms,
         source=_without_credentials(project.sla.ml_repo_url),
         commit=_repository(project).commit,

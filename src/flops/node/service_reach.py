@@ -20,7 +20,9 @@ def service_reach(
     """What a service may use.
 
     All read their own bundle, our modules and the environments; with an image, those of the image. Builders
-    also write environments and uv's cache, mock data providers the cache of Hugging Face.
+    also write environments and uv's cache, mock data providers the cache of Hugging Face. Builders of images
+    confine themselves, after they have parted with the process that runs Dockerfiles: a confined one could
+    not mount anything.
 
     Learners dial their aggregator and the node's data server, inference services nobody. An aggregator's own
     process is ours; it holds its children with users' code to no port at all.
@@ -41,7 +43,10 @@ def service_reach(
         writable = (context.environments_dir, context.images_dir, _cache(environ, "UV_CACHE_DIR", "uv"))
     elif kind is ServiceKind.MOCK_DATA_PROVIDER:
         writable = (_cache(environ, "HF_HOME", "huggingface"),)
-    return Reach(readable=readable, writable=writable, dials=dials, listens=listens)
+    makes_images = kind is ServiceKind.BUILDER and context.config.get("images") is not None
+    return Reach(
+        readable=readable, writable=writable, dials=dials, listens=listens, confines_itself=makes_images
+    )
 
 
 def _ports(kind: ServiceKind, context: ActorContext) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:

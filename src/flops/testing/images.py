@@ -6,14 +6,16 @@ import contextlib
 import gzip
 import hashlib
 import io
+import os
 import random
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flops.adapters.file_blobs import FileBlobs
@@ -65,12 +67,16 @@ def make_image(
 ) -> Descriptor:
     """An image of layers by their names; returns its manifest's descriptor."""
     layers = [make_layer(blobs, name, size) for name in names]
-    config = config_bytes(
-        Platform(platform), layers, ImageRun(labels={PYTHON_LABEL: "3", "names": " ".join(names)})
-    )
+    run = ImageRun(labels={PYTHON_LABEL: "3", "names": " ".join(names)})
+    return image_of(blobs, Platform(platform), layers, run)
+
+
+def image_of(blobs: ImageBlobs, platform: Platform, layers: Sequence[Layer], run: ImageRun) -> Descriptor:
+    """An image of layers that are there; returns its manifest's descriptor."""
+    config = config_bytes(platform, layers, run)
     described = Descriptor(media_type=CONFIG, digest=blobs.put(config), size=len(config))
     data = manifest_bytes(described, [layer.blob for layer in layers])
-    return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=platform)
+    return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=platform.value)
 
 
 class HandMadeBase:
@@ -86,6 +92,19 @@ class HandMadeBase:
             interpreter="/usr/bin/python3",
             env={"PATH": "/usr/bin", "LANG": "C.UTF-8"},
         )
+
+
+class HandMadeImages:
+    """Implements `flops.image_ports.RepositoryImages`: its own for any Dockerfile."""
+
+    def __init__(self, blobs: ImageBlobs) -> None:
+        self._blobs = blobs
+
+    def make(self, repository: Path, platforms: Sequence[Platform], report: Report) -> Descriptor:
+        """The image for each platform."""
+        report(f"The image of {repository.name} is made by hand.")
+        images = (make_image(self._blobs, "/usr/bin/python3.11", p, platform=p) for p in platforms)
+        return make_index(self._blobs, *images)
 
 
 def unpack_layer(blobs: ImageBlobs, layer: Descriptor, folder: Path) -> dict[str, tarfile.TarInfo]:
@@ -251,3 +270,30 @@ def _cut(found: socket.socket) -> None:
     with contextlib.suppress(OSError):
         found.shutdown(socket.SHUT_RDWR)
     found.close()
+
+
+def make_shell_base(blobs: ImageBlobs, *programs: str) -> Descriptor:
+    """An image with this machine's shell, some of its programs and their libraries, and a file for a Python.
+
+    It is enough for Dockerfiles to run commands in, and needs no network to be made.
+    """
+    files = {Path("/usr/bin/python3.11"): b"no Python\n", Path("/etc/passwd"): b"root:x:0:0::/:/bin/sh\n"}
+    for name in ("sh", *programs):
+        program = Path(str(shutil.which(name)))
+        libraries = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+        for path in (Path("/bin", name), *map(Path, re.findall(r"(/\S+) \(0x", libraries))):
+            files[path] = (program if path.name == name else path).read_bytes()
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path, data in sorted(files.items()):
+            info = tarfile.TarInfo(str(path)[1:])
+            info.size, info.mode = len(data), 0o755
+            tar.addfile(info, io.BytesIO(data))
+        folder = tarfile.TarInfo("tmp")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o1777
+        tar.addfile(folder)
+    packed = gzip.compress(archive.getvalue(), 1, mtime=0)
+    blob = Descriptor(media_type=LAYER_GZIP, digest=blobs.put(packed), size=len(packed))
+    layer = Layer(blob=blob, diff_id=Digest(hashlib.sha256(archive.getvalue()).hexdigest()))
+    run = ImageRun(env={"PATH": "/bin", "OF": "base"}, user="0:0")
+    return image_of(blobs, Platform.of(os.uname().machine), [layer], run)

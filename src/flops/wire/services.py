@@ -16,7 +16,7 @@ class ImageOrder(Value):
     """Images that a builder is to make and push: of aggregator and learner, or of the trained model.
 
     A `registry` is ``host:port``, "" for that of the cluster; `base` is an image, "" for one of Debian's
-    packages.
+    packages; one without a host is in the cluster's registry.
     """
 
     project_id: str

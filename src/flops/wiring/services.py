@@ -11,16 +11,20 @@ if TYPE_CHECKING:
     from flops.actor import ActorContext, EventLog
     from flops.builder.images import ImageTools
     from flops.core.ids import Digest
-    from flops.image_ports import BaseImages
+    from flops.image_ports import BaseImages, ContainerBuilds
     from flops.ports import Environments
     from flops.tracker_port import Tracker
     from flops.wire.services import ImageOrder
     from flops.wiring.registries import ClusterRegistry
 
+_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy")
+
 
 def run_builder(arguments: list[str]) -> int:
     """Run a builder: a service, given its context file."""
     from functools import partial
+
+    builds = _part_and_confine(Path(arguments[0]))
 
     from flops.actor import run_actor
     from flops.builder.builder import main as build
@@ -30,12 +34,44 @@ def run_builder(arguments: list[str]) -> int:
             context,
             events,
             partial(open_environments, blobs_url=context.blobs_url),
-            partial(open_image_tools, context),
+            partial(open_image_tools, context, builds),
             partial(_fetch_blob, context),
         ),
         ["", *arguments],
         has_users_code=False,
     )
+
+
+def _part_and_confine(file: Path) -> ContainerBuilds | None:
+    """Start what runs Dockerfiles, if this service may, and then confine this process.
+
+    Before that, it has read nothing of a user's.
+    """
+    from flops.adapters.confinement import confine, give_way, told_confinement
+    from flops.settings import inherited_environment
+
+    inherited = inherited_environment()
+    told = told_confinement(inherited)
+    if told is None:
+        return None
+    from flops.actor import ActorContext
+    from flops.adapters.images.buildah import Buildah
+    from flops.adapters.images.builds_apart import part_with
+    from flops.adapters.process_runtime import FOLDER_VARIABLE, ID_VARIABLE
+    from flops.adapters.service_shim import CANNOT_CONFINE
+
+    give_way()
+    handed_on = (*_PROXIES, *map(str.upper, _PROXIES), ID_VARIABLE, FOLDER_VARIABLE)
+    environ = {name: inherited[name] for name in handed_on if name in inherited}
+    root = Path(ActorContext.load(file).images_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    builds = part_with(lambda: Buildah(environ, hidden=told.hidden), root)
+    try:
+        confine(told)
+    except OSError as exc:
+        sys.stderr.write(f"The service cannot be confined: {exc}\n")
+        sys.exit(CANNOT_CONFINE)
+    return builds
 
 
 def _fetch_blob(context: ActorContext, url: str, digest: Digest, path: Path) -> None:
@@ -114,23 +150,29 @@ def run_mock_data_provider(arguments: list[str]) -> int:
     return run_actor(provide, ["mock-data-provider", *arguments], has_users_code=False)
 
 
-def open_image_tools(context: ActorContext, order: ImageOrder) -> ImageTools:
+def open_image_tools(context: ActorContext, builds: ContainerBuilds | None, order: ImageOrder) -> ImageTools:
     """What makes images in a folder of this machine, and pushes them.
 
     The base is the image that the order names, else one made of Debian's packages.
 
     Args:
         context: of the builder, which says where they are kept, and where the cluster is.
+        builds: runs Dockerfiles.
         order: what is asked for.
 
     Raises:
         FlopsError: ``image_name_invalid``, ``config_corrupt``.
     """
+    from functools import partial
+
     import uv
 
     from flops.adapters.file_blobs import FileBlobs
     from flops.adapters.images.assembler import OciAssembler
+    from flops.adapters.images.build_tools import runs_here
+    from flops.adapters.images.buildah import Buildah
     from flops.adapters.images.debian_base import DebianBase
+    from flops.adapters.images.dockerfile_images import DockerfileImages
     from flops.adapters.images.pulled_base import PulledBase
     from flops.adapters.package_index import ClusterPackages
     from flops.builder.images import ImageTools
@@ -148,7 +190,15 @@ def open_image_tools(context: ActorContext, order: ImageOrder) -> ImageTools:
         bases = PulledBase(root / "bases", registry, parse_reference(order.base))
     site = ClusterPackages(context.blobs_url)
     assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ, site=site)
-    return ImageTools(assembler, blobs, registry, own_lock())
+    dockerfiles = DockerfileImages(
+        root / "layers",
+        blobs,
+        registry,
+        builds or Buildah(environ),
+        partial(FileBlobs, is_oci_layout=True),
+        runs_here=runs_here,
+    )
+    return ImageTools(assembler, blobs, registry, own_lock(), dockerfiles)
 
 
 def _cluster_registry(context: ActorContext) -> ClusterRegistry:

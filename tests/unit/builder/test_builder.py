@@ -161,28 +161,6 @@ def test_what_cannot_be_built_is_not_told_as_an_environment(tmp_path: Path, serv
     assert len(server.blobs) == 2  # the cluster serves packages of locks that it has; nothing refers to them
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "Containerfile"])
-def test_a_repository_with_a_recipe_of_its_own_is_told_that_it_is_not_used(
-    tmp_path: Path, server: BlobServer, name: str
-) -> None:
-    def fail(order: ImageOrder) -> NoReturn:
-        raise FlopsError(ErrorCode.CONFIG_CORRUPT, order.commit)
-
-    images = {"project_id": "p1", "platforms": ["linux/amd64"], "source": "s", "commit": "c" * 40}
-    context = context_in(tmp_path, server.server_port, images=images)
-    (tmp_path / "repository").mkdir()
-    for file in (None, name):
-        if file is not None:
-            (tmp_path / "repository" / file).write_text("FROM scratch\n")
-        with pytest.raises(FlopsError, match="c" * 40):
-            main(context, EventLog(tmp_path), lambda _: FixedEnvironments(), fail, no_fetch)
-    told = [event.message for event in events_in(tmp_path) if isinstance(event, Progress)]
-    assert [message for message in told if "not used" in message] == [
-        f"The repository's {name} is not used: its image is made of FLOps' base, the dependency file and the"
-        " code. System packages that it installs are missing (docs/images.md)."
-    ]
-
-
 def test_a_cluster_that_is_away_is_told(tmp_path: Path) -> None:
     with pytest.raises(FlopsError) as caught:
         main(context_in(tmp_path, 1), EventLog(tmp_path), lambda _: FixedEnvironments(), no_images, no_fetch)

@@ -17,8 +17,11 @@ EQUIPPED = BuildTools(
 ALL = [
     "ok: Environments for linux/amd64 are built here.",
     "ok: Images for linux/amd64 are made here on Debian's packages.",
+    "ok: Dockerfiles for linux/amd64 are run here.",
     "ok: Images for linux/arm64 are made here on Debian's packages, without emulation.",
+    "ok: Dockerfiles for linux/arm64 are run here.",
 ]
+GET_BUILDAH = "buildah is missing. For repositories with a Dockerfile: `apt-get install buildah` (Debian)."
 GET_EMULATION = "To try them out, install qemu-user-static (Debian: with binfmt-support)."
 GET_ENGINE = "To run them, install podman or Docker (docs/containers.md)."
 GET_BASE = (
@@ -37,7 +40,10 @@ def said(tools: BuildTools) -> list[str]:
         pytest.param(
             {"emulated": ()},
             [
-                *ALL,
+                *ALL[:4],
+                "info: Dockerfiles for linux/arm64 are not run here, as nothing emulates it. For repositories"
+                " with a Dockerfile, install qemu-user-static (Debian: with binfmt-support), or build on a"
+                " machine of that platform.",
                 "info: Images for linux/arm64 are not run here, which making them does not need: nothing"
                 f" emulates it. {GET_EMULATION}",
             ],
@@ -47,10 +53,10 @@ def said(tools: BuildTools) -> list[str]:
         pytest.param(
             {"has_engine": False},
             [
-                *ALL[:2],
+                *ALL[:3],
                 "info: Images for linux/amd64 are not run here, which making them does not need: there is no"
                 f" engine. {GET_ENGINE}",
-                ALL[2],
+                *ALL[3:],
                 "info: Images for linux/arm64 are not run here, which making them does not need: there is no"
                 f" engine. {GET_ENGINE}",
             ],
@@ -63,13 +69,26 @@ def said(tools: BuildTools) -> list[str]:
                 ALL[0],
                 "info: Images for linux/amd64 are made here, but only on a base image from a registry"
                 f" (missing: mmdebstrap). {GET_BASE}",
+                ALL[2],
                 "info: Images for linux/arm64 are made here, without emulation, but only on a base image from"
                 f" a registry (missing: mmdebstrap). {GET_BASE}",
+                ALL[4],
             ],
             "Images for linux/amd64 are made here, but only on a base image from a registry (missing:"
             " mmdebstrap). Images for linux/arm64 are made here, without emulation, but only on a base image"
             " from a registry (missing: mmdebstrap).",
             id="no base",
+        ),
+        pytest.param(
+            {"missing_for_dockerfiles": ("buildah",)},
+            [
+                *ALL[:2],
+                f"info: Dockerfiles for linux/amd64 are not run here: {GET_BUILDAH}",
+                ALL[3],
+                f"info: Dockerfiles for linux/arm64 are not run here: {GET_BUILDAH}",
+            ],
+            "",
+            id="no buildah",
         ),
         pytest.param(
             {"python": "3.12"},
@@ -93,7 +112,7 @@ def said(tools: BuildTools) -> list[str]:
             [
                 "ok: Environments are built here.",
                 f"{ALL[1][:-1]}, without emulation.",
-                ALL[2],
+                *ALL[2:],
             ],
             "",
             id="a machine of another kind",

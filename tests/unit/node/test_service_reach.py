@@ -1,4 +1,4 @@
-"""What each kind of service may dial, and where it may listen."""
+"""What each kind of service may dial, where it may listen, and which ones confine themselves."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ def test_users_code_is_held_to_the_ports_of_its_service(
 def test_an_operator_can_open_the_network() -> None:
     context = a_context(LEARNER, has_open_network=True)
     assert service_reach(ServiceKind.LEARNER, context, {}).dials is None
+
+
+MAKES_IMAGES = {"images": {"project_id": "p1"}}
+
+
+@pytest.mark.parametrize("kind", list(ServiceKind))
+@pytest.mark.parametrize("config", [{}, {"images": None}, MAKES_IMAGES])
+def test_only_builders_of_images_begin_unconfined(kind: ServiceKind, config: dict[str, Any]) -> None:
+    reach = service_reach(kind, a_context(config), {})
+    assert reach.confines_itself is (kind is ServiceKind.BUILDER and config is MAKES_IMAGES)

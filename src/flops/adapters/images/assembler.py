@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextvars
 import hashlib
-import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from flops.adapters.images.bytecode import compile_modules
 from flops.adapters.images.dependency_layer import ENVIRONMENT, Locked, dependency_layer
+from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.uv_program import UvProgram
@@ -37,7 +37,6 @@ from flops.image_ports import BaseImages, ImageBlobs, ImageRecipe, Report
 from flops.package_ports import SitePackages
 
 _PYTHON = re.compile(r"# python (?P<python>\d+\.\d+)\n")
-_LEFT_OUT = frozenset({"__pycache__", ".git"})
 
 
 class OciAssembler:
@@ -132,9 +131,9 @@ class OciAssembler:
         files = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
         try:
             for inside, folder in folders.items():
-                for path in _files(folder):
+                for path in files_in(folder):
                     place = str(PurePosixPath(inside) / path.relative_to(folder).as_posix())
-                    files[place] = _fingerprint(path)
+                    files[place] = fingerprint(path)
         except OSError as exc:
             raise file_error(exc, folder) from exc
 
@@ -182,27 +181,10 @@ def _environment(base: BaseImage, environments: Iterable[str]) -> dict[str, str]
     }
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Files and symbolic links of a folder; an empty folder is nothing."""
-    for here, names, files in os.walk(folder):
-        links = [name for name in names if (Path(here) / name).is_symlink()]
-        names[:] = sorted(name for name in names if name not in _LEFT_OUT and name not in links)
-        yield from (Path(here) / name for name in sorted([*files, *links]))
-
-
-def _fingerprint(path: Path) -> str:
-    """What decides about a file in a layer: content, or where it leads, and whether it can be run."""
-    if path.is_symlink():
-        return f"-> {path.readlink()}"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"{digest} {bool(path.stat().st_mode & 0o111)}"
-
-
 def _lay_out(root: Path, content: Mapping[str, bytes], folders: Mapping[str, Path]) -> None:
     root.mkdir()
     for inside, folder in folders.items():
-        for path in _files(folder):
+        for path in files_in(folder):
             target = _place(root, PurePosixPath(inside) / path.relative_to(folder).as_posix())
             shutil.copy2(path, target, follow_symlinks=False)
     for inside, data in content.items():

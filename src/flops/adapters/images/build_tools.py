@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uv
 
+from flops.adapters.images.buildah import Buildah
 from flops.adapters.images.debian_base import DebianBase
 from flops.adapters.uv_program import OWN_MINOR
 from flops.core.build_tools import BuildTools
@@ -29,14 +30,20 @@ def find_build_tools(engine_socket: Path) -> BuildTools:
     except FileNotFoundError:
         missing.append("uv")
     return BuildTools(
-        platform=_own_platform(),
+        platform=own_platform(),
         missing=tuple(missing),
         missing_for_base=DebianBase.missing(),
         python=OWN_MINOR,
         base_python=DebianBase.python(),
+        missing_for_dockerfiles=Buildah.missing(),
         has_engine=engine_socket.is_socket(),
         emulated=tuple(found for found in Platform if is_emulated(found)),
     )
+
+
+def runs_here(platform: Platform) -> bool:
+    """Whether this machine runs programs of a platform, by itself or by emulation."""
+    return platform is own_platform() or is_emulated(platform)
 
 
 def is_emulated(found: Platform) -> bool:
@@ -47,7 +54,8 @@ def is_emulated(found: Platform) -> bool:
         return False
 
 
-def _own_platform() -> Platform | None:
+def own_platform() -> Platform | None:
+    """The platform of this machine; None for one that no images are made for."""
     try:
         return Platform.of(platform.machine())
     except FlopsError:

@@ -1,4 +1,4 @@
-"""Layers that were made once, by the key of what they are made from.
+"""Layers and images that were made once, by the key of what they are made from.
 
 ::
 
@@ -20,11 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from flops.command import stop_if_needless
-from flops.core.images import Layer
+from flops.core.images import Layer, OfBlobs
 from flops.durable_file import file_error, write_durably
 from flops.image_ports import ImageBlobs, Report
 
@@ -33,6 +34,7 @@ _NOTES = re.compile(r"(?P<key>[0-9a-f]{64})-.*")
 _VERSION = 1  # of how layers are made; another one makes them all anew
 
 Make = Callable[[Path, int], Layer]
+Made = TypeVar("Made", bound=OfBlobs)
 
 
 def key_of(kind: str, *parts: str) -> str:
@@ -65,36 +67,50 @@ class LayerCache:
         Raises:
             FlopsError: ``disk_full``, ``file_unreadable``, and what `make` raises.
         """
+        return self.made(Layer, key, what, make, report)
+
+    def made(
+        self, kind: type[Made], key: str, what: str, make: Callable[[Path, int], Made], report: Report
+    ) -> Made:
+        """As `layer`, for what may have several blobs.
+
+        Args:
+            kind: of what is made.
+            key: as for `layer`, and so the rest.
+            what: see there.
+            make: see there.
+            report: see there.
+        """
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            if (found := self._find(key, what, report)) is not None:
+            if (found := self._find(kind, key, what, report)) is not None:
                 return found
             with self._exclusive(key, what, report) as descriptor:
-                if (found := self._find(key, what, report)) is not None:
+                if (found := self._find(kind, key, what, report)) is not None:
                     return found
                 self._sweep()
                 with tempfile.TemporaryDirectory(
                     dir=self._root, prefix=f"{key}-", ignore_cleanup_errors=True
                 ) as notes:
-                    layer = make(Path(notes), descriptor)
-                write_durably(self._record_of(key), layer.model_dump_json())
-                return layer
+                    made = make(Path(notes), descriptor)
+                write_durably(self._record_of(key), made.model_dump_json())
+                return made
         except OSError as exc:
             raise file_error(exc, self._root) from exc
 
     def _record_of(self, key: str) -> Path:
         return self._root / f"{key}.json"
 
-    def _find(self, key: str, what: str, report: Report) -> Layer | None:
+    def _find(self, kind: type[Made], key: str, what: str, report: Report) -> Made | None:
         try:
-            layer = Layer.model_validate_json(self._record_of(key).read_bytes())
+            made = kind.model_validate_json(self._record_of(key).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
-        if not self.blobs.is_intact(layer.blob.digest):
+        if not all(map(self.blobs.is_intact, made.digests)):
             report(f"{what} is damaged in the cache; it is made anew.")
             return None
         os.utime(self._record_of(key))
-        return layer
+        return made
 
     @contextlib.contextmanager
     def _exclusive(self, key: str, what: str, report: Report) -> Iterator[int]:

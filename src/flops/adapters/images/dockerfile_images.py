@@ -1,0 +1,201 @@
+"""Images of repositories' Dockerfiles: made once for what they begin with, and for the files they take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from flops.adapters.images.folder_content import files_in, fingerprint
+from flops.adapters.images.layer_cache import LayerCache, key_of
+from flops.adapters.images.layout import ImageLayout
+from flops.core.dockerfile import NAMES, Dockerfile, base_reference, read_dockerfile
+from flops.core.ids import Digest
+from flops.core.images import (
+    INDEX,
+    MANIFEST,
+    Descriptor,
+    Manifest,
+    PlatformImage,
+    index_bytes,
+    manifest_bytes,
+    read_config,
+    read_manifest,
+)
+from flops.core.platforms import Platform
+from flops.durable_file import file_error
+from flops.errors import ErrorCode, FlopsError
+from flops.image_ports import ContainerBuild, ContainerBuilds, ImageBlobs, Registry, Report
+
+_IGNORES = (".dockerignore", ".containerignore")
+
+
+class DockerfileImages:
+    """Implements `flops.image_ports.RepositoryImages`.
+
+    Args:
+        root: where it is written down what was made, and where it is made.
+        blobs: where all parts of images are stored.
+        registry: brings the images that Dockerfiles begin with.
+        builds: runs Dockerfiles.
+        open_layout: opens the blobs of an image layout by its folder, which may be new.
+        runs_here: whether programs of a platform run on this machine.
+        timeout_s: for a Dockerfile and one platform.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        blobs: ImageBlobs,
+        registry: Registry,
+        builds: ContainerBuilds,
+        open_layout: Callable[[Path], ImageBlobs],
+        *,
+        runs_here: Callable[[Platform], bool],
+        timeout_s: float = 3_600.0,
+    ) -> None:
+        self._cache = LayerCache(root, blobs)
+        self._blobs = blobs
+        self._registry = registry
+        self._builds = builds
+        self._open_layout = open_layout
+        self._runs_here = runs_here
+        self._timeout_s = timeout_s
+
+    def make(self, repository: Path, platforms: Sequence[Platform], report: Report) -> Descriptor:
+        """The image of the repository's Dockerfile for each platform; returns the index's descriptor.
+
+        Raises:
+            FlopsError: see `flops.image_ports.RepositoryImages.make`; ``dockerfile_failed`` also when it asks
+                for another platform, ``image_build_failed`` also when a platform's programs do not run here.
+        """
+        file = _file_in(repository)
+        if file is None:
+            raise FlopsError(ErrorCode.DOCKERFILE_FAILED, f"The repository has no {' or '.join(NAMES)}.")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise FlopsError(ErrorCode.DOCKERFILE_FAILED, f"{file.name} cannot be read: {exc}.") from exc
+        recipe = read_dockerfile(text, file.name)
+        for platform in platforms:
+            self._check(recipe, file.name, platform)
+        images = [self._image(repository, text, recipe, platform, report) for platform in platforms]
+        data = index_bytes(images)
+        return Descriptor(media_type=INDEX, digest=self._blobs.put(data), size=len(data))
+
+    def _check(self, recipe: Dockerfile, name: str, platform: Platform) -> None:
+        if other := [asked for asked in recipe.platforms if asked != platform]:
+            raise FlopsError(
+                ErrorCode.DOCKERFILE_FAILED,
+                f"{name} asks for the platform {other[0]}, the project for {platform}.",
+                hint="Leave --platform out of FROM: supported_platforms says what images are made for.",
+            )
+        if recipe.runs_programs and not self._runs_here(platform):
+            raise FlopsError(
+                ErrorCode.IMAGE_BUILD_FAILED,
+                f"{name} runs programs for {platform}, which do not run on {os.uname().nodename}.",
+                hint="Install qemu-user-static there (Debian: with binfmt-support), build on a node of that "
+                "platform, or take it out of supported_platforms.",
+            )
+
+    def _image(
+        self, repository: Path, text: str, recipe: Dockerfile, platform: Platform, report: Report
+    ) -> Descriptor:
+        references = [base_reference(name) for name in recipe.bases]
+        pinned = [reference.at(self._registry.find(reference).digest) for reference in references]
+        context = dict(_context(repository, recipe))
+        what = f"The image of the Dockerfile for {platform}"
+
+        def make(notes: Path, descriptor: int) -> PlatformImage:
+            report(f"{what} is being made.")
+            bases = [self._registry.pull(base, self._blobs, report, platform.value) for base in pinned]
+            try:
+                self._lay_out(notes, text, context, bases)
+                build = ContainerBuild(notes, platform, recipe.bases, self._timeout_s)
+                self._builds.run(build, report, [descriptor])
+                return self._take(notes / "made" / "image", platform, bases)
+            except OSError as exc:
+                raise file_error(exc, notes) from exc
+
+        files = (f"{place}\0{fingerprint(path)}" for place, path in sorted(context.items()))
+        key = key_of("dockerfile", platform, text, *map(str, pinned), *files)
+        return self._cache.made(PlatformImage, key, what, make, report).manifest
+
+    def _lay_out(self, notes: Path, text: str, context: dict[str, Path], bases: Sequence[Descriptor]) -> None:
+        """Put together what `ContainerBuild` describes; whoever can reach the folder can read it."""
+        (notes / "Dockerfile").write_text(text, encoding="utf-8")
+        (notes / "context").mkdir()
+        for place, path in context.items():
+            target = notes / "context" / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target, follow_symlinks=False)
+        copies = self._open_layout(notes / "bases")
+        layout = ImageLayout(notes / "bases", copies)
+        for number, base in enumerate(bases):
+            manifest = _manifest(self._blobs, base)
+            for part in manifest.blobs:
+                _copy(self._blobs.chunks(part.digest), part.digest, copies)
+            # Written anew: buildah takes no manifest of Docker's kind out of a layout.
+            data = manifest_bytes(manifest.config, manifest.layers)
+            layout.put(str(number), Descriptor(media_type=MANIFEST, digest=copies.put(data), size=len(data)))
+        for path in (notes, *notes.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+
+    def _take(self, made: Path, platform: Platform, bases: Sequence[Descriptor]) -> PlatformImage:
+        """Store an image that was made; of what it began with, it keeps the layers as they are there."""
+        source = self._open_layout(made)
+        image = ImageLayout(made, source).images()["made"]
+        known = dict(pair for base in bases for pair in _layers(self._blobs, base))
+        layers = [known.get(diff_id, blob) for diff_id, blob in _layers(source, image)]
+        config = _manifest(source, image).config
+        for part in (*layers, config):
+            if not self._blobs.has(part.digest):
+                _copy(source.chunks(part.digest), part.digest, self._blobs)
+        data = manifest_bytes(config, layers)
+        manifest = Descriptor(
+            media_type=MANIFEST, digest=self._blobs.put(data), size=len(data), platform=platform
+        )
+        return PlatformImage(manifest=manifest, parts=(*(layer.digest for layer in layers), config.digest))
+
+
+def _file_in(repository: Path) -> Path | None:
+    """The Dockerfile of a repository, if it has one in its root."""
+    return next((path for name in NAMES if (path := repository / name).is_file()), None)
+
+
+def _context(repository: Path, recipe: Dockerfile) -> Iterator[tuple[str, Path]]:
+    """Files that the Dockerfile may take, by their path in the repository."""
+    for path in files_in(repository):
+        place = path.relative_to(repository).as_posix()
+        if recipe.sources is None or place in _IGNORES or _is_in(place, recipe.sources):
+            yield place, path
+
+
+def _is_in(place: str, sources: Sequence[str]) -> bool:
+    return any(place == source or place.startswith(f"{source}/") for source in sources)
+
+
+def _manifest(blobs: ImageBlobs, image: Descriptor) -> Manifest:
+    manifest = read_manifest(blobs.get(image.digest), image.media_type)
+    if not isinstance(manifest, Manifest):
+        raise FlopsError(ErrorCode.IMAGE_DAMAGED, f"{image.digest[:12]} is no image for one platform.")
+    return manifest
+
+
+def _layers(blobs: ImageBlobs, image: Descriptor) -> Iterator[tuple[Digest, Descriptor]]:
+    """The digest of each layer's archive, and the layer."""
+    manifest = _manifest(blobs, image)
+    diff_ids, _, _ = read_config(blobs.get(manifest.config.digest))
+    yield from zip(diff_ids, manifest.layers, strict=True)
+
+
+def _copy(chunks: Iterator[bytes], digest: Digest, blobs: ImageBlobs) -> None:
+    upload = blobs.upload()
+    try:
+        for chunk in chunks:
+            upload.write(chunk)
+        upload.commit(digest)
+    finally:
+        upload.discard()
