@@ -16,6 +16,7 @@ from flops.core.rounds import (
     failure_of,
     has_numbers,
     judge,
+    next_in_turn,
     reason_to_end,
 )
 from flops.core.sla import EarlyStopping, TargetMetric
@@ -135,3 +136,41 @@ def test_a_target_ends_the_training_exactly_when_it_is_reached(
         last is not None and math.isfinite(last) and (last >= value if name == "accuracy" else last <= value)
     )
     assert (reason is not None) == is_reached
+
+
+@given(st.permutations("abcdef"), st.sets(st.sampled_from("abcdef")), st.data())
+def test_updates_are_aggregated_in_the_same_order_whoever_comes_first(
+    arrivals: list[str], leaving: set[str], data: st.DataObject
+) -> None:
+    """Learners answer in any order; some leave first, and come back or not."""
+    working, left, held, taken = set(arrivals), set[str](), set[str](), []
+    returning = {name for name in sorted(leaving) if data.draw(st.booleans())}
+
+    def take() -> None:
+        while True:
+            name = next_in_turn(held, working=working, left=left, is_crowded=False, is_late=True)
+            if name is None:
+                return
+            held.remove(name)
+            taken.append(name)
+
+    for name in arrivals:
+        working.remove(name)
+        (left if name in leaving else held).add(name)
+        take()
+    for name in sorted(returning, reverse=True):
+        left.remove(name)
+        held.add(name)
+        take()
+    assert [*taken, *sorted(held)] == sorted(set(arrivals) - leaving | returning)
+
+
+def test_memory_that_others_wait_for_ends_the_turns_of_those_who_left_and_then_of_all() -> None:
+    def first(*, is_crowded: bool, is_late: bool, working: str = "", left: str = "") -> str | None:
+        return next_in_turn({"c", "d"}, working=working, left=left, is_crowded=is_crowded, is_late=is_late)
+
+    assert first(left="a", is_crowded=False, is_late=True) is None
+    assert first(left="a", is_crowded=True, is_late=False) == "c"
+    assert first(left="a", working="b", is_crowded=True, is_late=False) is None
+    assert first(left="a", working="b", is_crowded=True, is_late=True) == "c"
+    assert first(working="ef", is_crowded=False, is_late=False) == "c"

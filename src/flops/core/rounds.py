@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -78,6 +78,28 @@ def judge(parts: Iterable[Part], *, needed: int, working: int = 0, away: int = 0
         if usable + working + away < needed:
             return Verdict.FAIL
     return Verdict.WAIT
+
+
+def next_in_turn(
+    held: Collection[str], *, working: Collection[str], left: Collection[str], is_crowded: bool, is_late: bool
+) -> str | None:
+    """Whose update is aggregated next, for the same order whoever comes first; None while that may change.
+
+    Args:
+        held: learners whose updates are there.
+        working: learners that have not answered yet.
+        left: learners that are gone, and may come back.
+        is_crowded: whether others wait for memory that the held updates take. Then those that left lose their
+            turn: nobody waits for somebody who may never come.
+        is_late: whether so much of the round's time has passed that those at work lose it then, too.
+    """
+    if not held:
+        return None
+    first = min(held)
+    awaited = {*working, *left}
+    if is_crowded:
+        awaited = set() if is_late else set(working)
+    return first if all(first < learner for learner in awaited) else None
 
 
 def failure_of(

@@ -35,7 +35,7 @@ class KillPoints:
 
     def install(self) -> None:
         """Have the aggregator's code pass the places."""
-        self._after(RoundStrategy, "aggregate_train", "aggregated", lambda _self, number, _replies: number)
+        self._after(RoundStrategy, "aggregate_train", "aggregated", lambda _self, number: number)
         self._after(CheckpointStore, "_write", "file-written", lambda _self, path, _arrays: _number_of(path))
         self._after(CheckpointStore, "_append", "history-written", lambda _self, history: history[-1].number)
         self._after(CheckpointStore, "save", "saved", lambda _self, _p, _s, history, _o: history[-1].number)

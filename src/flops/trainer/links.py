@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from flops.wire.training import (
 
 _LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError, FlopsError)
 _NOTHING = encode_arrays([])
+_HELD_BYTES = 256 * 2**20  # of answers in memory; further ones are left with their learners
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Link:
     asked: int | None = None  # id of the instruction that is not answered yet
     to_send: tuple[int, Instruction] | None = None
     answers: dict[int, Message] = field(default_factory=dict)
+    held_bytes: int = 0  # that its answer takes here
+    waits_for_room: bool = False
     left_because: str = ""
 
 
@@ -170,6 +174,7 @@ class LearnerServer:
                 request = Request(link, next(self._ids))
                 link.asked, link.to_send = request.number, (request.number, instruction)
                 link.answers.clear()
+                link.held_bytes = 0
                 requests.append(request)
             self._changed.notify_all()
         return requests
@@ -180,6 +185,18 @@ class LearnerServer:
             link = request.link
             answer = link.answers.pop(request.number, None)
             return answer, link.left_because if answer is None and not link.is_open else ""
+
+    def free(self, learner: str) -> None:
+        """Count a learner's answer as gone from memory, or as nobody's to wait for."""
+        with self._changed:
+            if learner in self._links:
+                self._links[learner].held_bytes = 0
+                self._changed.notify_all()
+
+    def is_crowded(self) -> bool:
+        """Whether answers wait for memory that others take."""
+        with self._changed:
+            return any(link.waits_for_room for link in self._links.values())
 
     def stop(self, *, is_over: bool = True, grace_s: float = 2.0) -> None:
         """Stop listening.
@@ -227,7 +244,7 @@ class LearnerServer:
             reason = "its connection ended"
             try:
                 while link.is_open:
-                    self._take_answer(link, stream.receive())
+                    self._take_answer(link, stream.receive(partial(self._await_room, link)))
             except _LOST as exc:
                 reason = "its connection ended" if isinstance(exc, EOFError) else _short(exc)
             finally:
@@ -283,6 +300,24 @@ class LearnerServer:
             link.asked = None
             link.answers[number] = message
             self._changed.notify_all()
+
+    def _await_room(self, link: Link, size: int) -> None:
+        """Have an answer wait on its way while those that are here take too much memory."""
+        with self._changed:
+            if not self._has_room(link, size):
+                link.waits_for_room = True
+                self._changed.notify_all()
+                self._changed.wait_for(
+                    lambda: not link.is_open or self._is_closing or self._has_room(link, size)
+                )
+                link.waits_for_room = False
+            link.held_bytes = size
+
+    def _has_room(self, link: Link, size: int) -> bool:
+        held = sum(other.held_bytes for other in self._links.values())
+        awaited = [name for name, other in self._links.items() if other.asked and not other.held_bytes]
+        # The next in turn is never kept waiting: the others are held for it.
+        return not held or held + size <= _HELD_BYTES or link.learner == min(awaited, default=link.learner)
 
     def _leave(self, link: Link, reason: str) -> None:
         with self._changed:

@@ -10,7 +10,16 @@ from typing import Any
 from flwr.app import Message as FlowerMessage
 
 from flops.core.project import Participant, Round
-from flops.core.rounds import Outcome, Part, Verdict, describe_part, failure_of, judge, terms_for
+from flops.core.rounds import (
+    Outcome,
+    Part,
+    Verdict,
+    describe_part,
+    failure_of,
+    judge,
+    next_in_turn,
+    terms_for,
+)
 from flops.errors import ErrorCode
 from flops.trainer.grid import ROWS, Answer, Asked, FlightGrid, reply_with
 from flops.trainer.links import LearnerServer, Link
@@ -46,8 +55,11 @@ class _Phase:
     name: str
     number: int
     needed: int
+    deadline_s: float  # all by the monotonic clock
+    turns_end_s: float  # until then, updates are aggregated in the same order whoever comes first
     parts: dict[str, Part] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)  # usable ones
+    held: set[str] = field(default_factory=set)  # whose updates are not taken yet
 
     @property
     def lacks_answers(self) -> bool:
@@ -120,7 +132,7 @@ class RoundRunner:
             FlopsError: ``user_code_failed``, ``too_few_learners``, ``round_failed``, ``aggregation_failed``.
         """
         phase = self._collect(
-            _Phase(EVALUATE, number, self._config.min_evaluate_clients),
+            self._phase(EVALUATE, number, self._config.min_evaluate_clients),
             lambda: self._strategy.configure_evaluate(number, parameters, self._grid),
             lambda _: None,
         )
@@ -130,14 +142,15 @@ class RoundRunner:
 
     def _train(self, number: int, parameters: list[Array]) -> tuple[list[Array], _Told, tuple[str, ...]]:
         """The new parameters, what their learners told, and who was left out; all else is freed here."""
+        self._strategy.begin(parameters)
         phase = self._collect(
-            _Phase(TRAIN, number, self._config.min_fit_clients),
+            self._phase(TRAIN, number, self._config.min_fit_clients),
             lambda: self._strategy.configure_train(number, parameters, self._grid),
             lambda reply: self._problem_of(reply, parameters),
         )
-        # In a fixed order: sums of floating point numbers depend on it.
-        replies = [_train_reply(phase.answers[name]) for name in sorted(phase.answers)]
-        aggregated = self._strategy.aggregate_train(number, replies)
+        for learner in sorted(phase.held):  # of those that were waited for, nobody comes any more
+            self._take(phase, learner)
+        aggregated = self._strategy.aggregate_train(number)
         return aggregated, _told_by(phase), tuple(sorted(set(phase.parts) - set(phase.answers)))
 
     def _problem_of(self, reply: Message, parameters: Sequence[Array]) -> str | None:
@@ -146,6 +159,10 @@ class RoundRunner:
             return "it trained on no row"
         return self._strategy.problem_with(reply.arrays, parameters)
 
+    def _phase(self, name: str, number: int, needed: int) -> _Phase:
+        now_s, limit_s = time.monotonic(), self._config.round_timeout_s
+        return _Phase(name, number, needed, now_s + limit_s, now_s + limit_s / 2)
+
     def _collect(
         self,
         phase: _Phase,
@@ -153,25 +170,25 @@ class RoundRunner:
         problem: Callable[[Message], str | None],
     ) -> _Phase:
         """Ask, and ask those that come back or join, until enough have answered or waiting cannot help."""
-        limit_s = self._config.round_timeout_s
-        deadline = time.monotonic() + limit_s
         asked: list[Asked] = []
         while True:
             asked += self._ask_idle(phase, asked, messages)
-            self._await_news(phase, asked, deadline - time.monotonic())
-            is_late = time.monotonic() >= deadline
+            self._await_news(phase, asked)
+            is_late = time.monotonic() >= phase.deadline_s
             settled = [one for one in asked if is_late or one.request.is_settled]
             asked = [one for one in asked if one not in settled]
             for one in settled:
                 self._classify(phase, self._grid.answer(one), problem)
+            self._take_in_turn(phase, asked)
             parts = list(phase.parts.values())
             verdict = self._judge(phase, asked)
             if verdict is Verdict.GO_ON:
                 self._report_left_out(phase)
                 return phase
             if verdict is Verdict.FAIL or is_late:
+                waited_s = self._config.round_timeout_s
                 raise failure_of(
-                    phase.name, phase.number, parts, needed=phase.needed, waited_s=limit_s, terms=self._terms
+                    phase.name, phase.number, parts, needed=phase.needed, waited_s=waited_s, terms=self._terms
                 )
 
     def _ask_idle(
@@ -193,12 +210,41 @@ class RoundRunner:
         links = [one.request.link for one in asked]
         return [link for link in self._server.idle() if link not in links and phase.may_ask(link)]
 
-    def _await_news(self, phase: _Phase, asked: Sequence[Asked], patience_s: float) -> None:
-        """Wait until a learner has answered or left, or another one can be asked."""
-        self._server.wait_until(
-            lambda: any(one.request.is_settled for one in asked) or bool(self._to_ask(phase, asked)),
-            max(0.0, patience_s),
+    def _await_news(self, phase: _Phase, asked: Sequence[Asked]) -> None:
+        """Wait until a learner has answered or left, one can be asked, or an update is next in turn."""
+
+        def is_there_news() -> bool:
+            return (
+                any(one.request.is_settled for one in asked)
+                or bool(self._to_ask(phase, asked))
+                or self._next_in_turn(phase, asked) is not None
+            )
+
+        for until_s in (phase.turns_end_s, phase.deadline_s):
+            if self._server.wait_until(is_there_news, max(0.0, until_s - time.monotonic())):
+                return
+
+    def _next_in_turn(self, phase: _Phase, asked: Sequence[Asked]) -> str | None:
+        return next_in_turn(
+            phase.held,
+            working={one.request.link.learner for one in asked},
+            left={learner for learner, part in phase.parts.items() if part.outcome.may_recover},
+            is_crowded=self._server.is_crowded(),
+            is_late=time.monotonic() >= phase.turns_end_s,
         )
+
+    def _take_in_turn(self, phase: _Phase, asked: Sequence[Asked]) -> None:
+        while (learner := self._next_in_turn(phase, asked)) is not None:
+            self._take(phase, learner)
+
+    def _take(self, phase: _Phase, learner: str) -> None:
+        """Have the strategy take in a learner's update, which is freed if the strategy does not need it."""
+        answer = phase.answers[learner]
+        update = _reply_of(answer)
+        self._strategy.take(answer.instruction, update)
+        update.arrays.clear()
+        phase.held.remove(learner)
+        self._server.free(learner)
 
     def _judge(self, phase: _Phase, asked: Sequence[Asked]) -> Verdict:
         away = self._server.away() - set(phase.parts)
@@ -226,6 +272,10 @@ class RoundRunner:
             self._on_failure(phase.number, phase.name, part)
         if outcome is Outcome.DONE:
             phase.answers[answer.learner] = answer
+            if phase.name == TRAIN:
+                phase.held.add(answer.learner)
+        if outcome is not Outcome.DONE or not self._strategy.is_folding:
+            self._server.free(answer.learner)  # no other answer gets room by waiting for this one's turn
 
     def _report_left_out(self, phase: _Phase) -> None:
         for part in phase.parts.values():
@@ -236,13 +286,6 @@ class RoundRunner:
 
 def _told_by(phase: _Phase) -> _Told:
     return {name: (answer.node, _reply_of(answer).header) for name, answer in phase.answers.items()}
-
-
-def _train_reply(answer: Answer) -> FlowerMessage:
-    reply = _reply_of(answer)
-    metrics: dict[str, Any] = {ROWS: int(reply.header["rows"])}
-    metrics.update({k: float(v) for k, v in reply.header["metrics"].items() if v is not None})
-    return reply_with(answer.instruction, reply.arrays, metrics)
 
 
 def _evaluate_replies(phase: _Phase) -> tuple[list[FlowerMessage], int]:

@@ -13,18 +13,35 @@ from flwr.serverapp.exception import AggregationError, InconsistentMessageReplie
 
 from flops.core.sla import Strategy, StrategyName
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.grid import FlightGrid, arrays_of, record_of
+from flops.trainer.grid import ROWS, FlightGrid, arrays_of, record_of, reply_with
 from flops.trainer.learner import MEASURE_LOSS
 from flops.trainer.tree_bagging import TreeBagging, problem_with_trees
-from flops.wire.training import Array
+from flops.trainer.weighted_mean import FoldedMean, WeightedMean
+from flops.wire.training import Array, Message
+
+
+class _FedAvgM(flower.FedAvgM, FoldedMean): ...
+
+
+class _FedProx(flower.FedProx, FoldedMean): ...
+
+
+class _FedAdagrad(flower.FedAdagrad, FoldedMean): ...
+
+
+class _FedAdam(flower.FedAdam, FoldedMean): ...
+
+
+class _FedYogi(flower.FedYogi, FoldedMean): ...
+
 
 _CLASSES: Mapping[StrategyName, type[flower.FedAvg]] = {
-    StrategyName.FED_AVG: flower.FedAvg,
-    StrategyName.FED_AVG_M: flower.FedAvgM,
-    StrategyName.FED_PROX: flower.FedProx,
-    StrategyName.FED_ADAGRAD: flower.FedAdagrad,
-    StrategyName.FED_ADAM: flower.FedAdam,
-    StrategyName.FED_YOGI: flower.FedYogi,
+    StrategyName.FED_AVG: FoldedMean,
+    StrategyName.FED_AVG_M: _FedAvgM,
+    StrategyName.FED_PROX: _FedProx,
+    StrategyName.FED_ADAGRAD: _FedAdagrad,
+    StrategyName.FED_ADAM: _FedAdam,
+    StrategyName.FED_YOGI: _FedYogi,
     StrategyName.FED_MEDIAN: flower.FedMedian,
     StrategyName.FED_TRIMMED_AVG: flower.FedTrimmedAvg,
     StrategyName.KRUM: flower.Krum,
@@ -51,6 +68,7 @@ class RoundStrategy:
     """
 
     def __init__(self, asked: Strategy) -> None:
+        self._name = asked.name
         parameters: dict[str, Any] = {
             key: int(value) if key in _WHOLE else value for key, value in asked.parameters.items()
         }
@@ -66,9 +84,25 @@ class RoundStrategy:
         if asked.name is StrategyName.QFED_AVG:
             self._train_config[MEASURE_LOSS] = True
         self._dtypes: list[np.dtype[Any]] = []
+        self._replies: list[FlowerMessage] = []
         self._find_problem = (
             problem_with_trees if asked.name is StrategyName.FED_XGB_BAGGING else _problem_with_arrays
         )
+
+    @property
+    def is_folding(self) -> bool:
+        """Whether an update that was taken takes no memory any more."""
+        return isinstance(self._flower, FoldedMean)
+
+    def begin(self, parameters: Sequence[Array]) -> None:
+        """Begin a round from these parameters."""
+        self._dtypes = [array.dtype for array in parameters]
+        self._replies = []
+        if isinstance(self._flower, FoldedMean):
+            self._flower.mean = WeightedMean()
+        if isinstance(self._flower, flower.FedAvgM):
+            # It would go on from its own last result, which is not where a new cycle of a cluster begins.
+            self._flower.current_arrays = None
 
     def problem_with(self, arrays: Sequence[Array], parameters: Sequence[Array]) -> str | None:
         """Why what a learner made of the parameters cannot be aggregated; None when it can."""
@@ -78,23 +112,30 @@ class RoundStrategy:
         self, number: int, parameters: Sequence[Array], grid: FlightGrid
     ) -> list[FlowerMessage]:
         """Messages that ask the learners shown by the grid to train from these parameters."""
-        self._dtypes = [array.dtype for array in parameters]
-        if isinstance(self._flower, flower.FedAvgM):
-            # It would go on from its own last result, which is not where a new cycle of a cluster begins.
-            self._flower.current_arrays = None
         config = ConfigRecord(self._train_config)
         return list(self._flower.configure_train(number, record_of(parameters), config, grid))
 
-    def aggregate_train(self, number: int, replies: Sequence[FlowerMessage]) -> list[Array]:
-        """The new global parameters, of the types the model's parameters have.
+    def take(self, instruction: FlowerMessage, update: Message) -> None:
+        """Take in a learner's update; the result depends on their order."""
+        rows = int(update.header["rows"])
+        if isinstance(self._flower, FoldedMean):
+            self._flower.mean.add(update.arrays, rows)
+            return
+        metrics = {key: float(value) for key, value in update.header["metrics"].items() if value is not None}
+        self._replies.append(reply_with(instruction, update.arrays, {ROWS: rows, **metrics}))
+
+    def aggregate_train(self, number: int) -> list[Array]:
+        """The new global parameters after all updates, of the types the model's parameters have.
 
         Raises:
             FlopsError: ``aggregation_failed``.
         """
         try:
-            arrays, _ = self._flower.aggregate_train(number, replies)
+            arrays, _ = self._flower.aggregate_train(number, self._replies)
         except _FLOWERS as exc:
             raise self._failed(number, str(exc)) from exc
+        finally:
+            self._replies = []
         if arrays is None:
             raise self._failed(number, "the strategy gave no parameters")
         raw = arrays_of(arrays)
@@ -148,10 +189,9 @@ class RoundStrategy:
                 setattr(self._flower, name, named)
 
     def _failed(self, number: int, why: str) -> FlopsError:
-        name = type(self._flower).__name__
         return FlopsError(
             ErrorCode.AGGREGATION_FAILED,
-            f"{name} failed in round {number}: {why}.",
+            f"{self._name} failed in round {number}: {why}.",
             details={"round": number},
         )
 

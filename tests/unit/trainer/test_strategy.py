@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.serverapp import strategy as flower
 
 from flops.actor import ActorContext, EventLog
@@ -16,10 +18,10 @@ from flops.core.sla import Strategy, StrategyName
 from flops.core.strategies import STRATEGY_PARAMETERS
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.aggregator import main
-from flops.trainer.grid import ROWS, FlightGrid, reply_with
+from flops.trainer.grid import FlightGrid
 from flops.trainer.links import LearnerServer, Link
 from flops.trainer.strategy import RoundStrategy
-from flops.wire.training import Array, Stream
+from flops.wire.training import REPLY, Array, Message, Stream
 
 NEEDED = {"QFedAvg": {"client_learning_rate": 0.1}}
 
@@ -41,17 +43,14 @@ def play_round(
     strategy: RoundStrategy, grid: FlightGrid, number: int, parameters: list[Array], steps: list[float]
 ) -> list[Array]:
     """Four learners add a step each to every parameter; the first has twice the rows."""
+    strategy.begin(parameters)
     messages = strategy.configure_train(number, parameters, grid)
     assert len(messages) == 4
-    replies = [
-        reply_with(
-            message,
-            [np.asarray(array + np.asarray(step, array.dtype)) for array in parameters],
-            {ROWS: 20 if index == 0 else 10, "train_loss": 1.0},
-        )
-        for index, (message, step) in enumerate(zip(messages, steps, strict=True))
-    ]
-    return strategy.aggregate_train(number, replies)
+    for index, (message, step) in enumerate(zip(messages, steps, strict=True)):
+        arrays = [np.asarray(array + np.asarray(step, array.dtype)) for array in parameters]
+        header = {"rows": 20 if index == 0 else 10, "metrics": {"train_loss": 1.0}}
+        strategy.take(message, Message(REPLY, header, arrays))
+    return strategy.aggregate_train(number)
 
 
 def parameters() -> list[Array]:
@@ -73,6 +72,42 @@ def test_every_strategy_of_weights_keeps_types_and_shapes(grid: FlightGrid, name
 def test_fedavg_weighs_by_rows(grid: FlightGrid) -> None:
     result = play_round(make("FedAvg"), grid, 1, parameters(), [1.0, 2.0, 3.0, 4.0])
     np.testing.assert_allclose(result[0], (2 * 1 + 2 + 3 + 4) / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tolerance"),
+    [
+        ("FedAvg", {}, 1e-6),
+        ("FedProx", {"proximal_mu": 0.1}, 1e-6),
+        ("FedAvgM", {"server_momentum": 0.9, "server_learning_rate": 0.5}, 1e-6),
+        # These divide a step of the mean by its size: roundings of a small step grow by 1 / tau, 1,000.
+        ("FedAdagrad", {"eta": 0.5}, 5e-4),
+        ("FedAdam", {"eta": 0.5, "beta_1": 0.9, "beta_2": 0.99}, 5e-4),
+        ("FedYogi", {"eta": 0.5, "beta_1": 0.9, "beta_2": 0.99}, 5e-4),
+    ],
+)
+def test_what_is_folded_in_agrees_with_flowers_own_code(
+    grid: FlightGrid, name: str, options: dict[str, float], tolerance: float
+) -> None:
+    ours, theirs = make(name, **options), getattr(flower, name)(**options)
+    assert ours.is_folding
+    generator = np.random.default_rng(0)
+    current = [generator.normal(size=(50, 70)).astype(np.float32), generator.normal(size=3)]
+    for number in (1, 2, 3):
+        ours.begin(current)
+        record = ArrayRecord(current)
+        messages = list(theirs.configure_train(number, record, ConfigRecord(), grid))
+        replies = []
+        for message, rows in zip(messages, (7, 160, 31, 1), strict=True):
+            arrays = [(array + generator.normal(size=array.shape)).astype(array.dtype) for array in current]
+            ours.take(message, Message(REPLY, {"rows": rows, "metrics": {}}, arrays))
+            content = {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": rows})}
+            replies.append(FlowerMessage(RecordDict(content), reply_to=message))
+        ours.configure_train(number, current, grid)
+        current = ours.aggregate_train(number)
+        expected = theirs.aggregate_train(number, replies)[0].to_numpy_ndarrays()
+        for array, other in zip(current, expected, strict=True):
+            np.testing.assert_allclose(array, other, rtol=1e-5, atol=tolerance)
 
 
 def test_fedmedian_is_not_moved_by_an_outlier(grid: FlightGrid) -> None:
@@ -110,9 +145,10 @@ def test_parameters_that_explode_are_an_error(grid: FlightGrid) -> None:
 
 def test_no_reply_is_an_error(grid: FlightGrid) -> None:
     strategy = make("FedAvg")
+    strategy.begin(parameters())
     strategy.configure_train(1, parameters(), grid)
     with pytest.raises(FlopsError) as caught:
-        strategy.aggregate_train(1, [])
+        strategy.aggregate_train(1)
     assert caught.value.code is ErrorCode.AGGREGATION_FAILED
 
 

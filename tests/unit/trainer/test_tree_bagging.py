@@ -12,11 +12,11 @@ import pytest
 
 from flops.core.sla import Strategy, StrategyName
 from flops.errors import ErrorCode, FlopsError
-from flops.trainer.grid import ROWS, FlightGrid, reply_with
+from flops.trainer.grid import FlightGrid
 from flops.trainer.links import LearnerServer, Link
 from flops.trainer.strategy import RoundStrategy
 from flops.trainer.tree_bagging import bagged, problem_with_trees
-from flops.wire.training import Array, Stream
+from flops.wire.training import REPLY, Array, Message, Stream
 
 Model = dict[str, Any]
 
@@ -169,13 +169,13 @@ def grid() -> Iterator[FlightGrid]:
 def test_the_strategy_bags_what_learners_answer(grid: FlightGrid) -> None:
     strategy = RoundStrategy(Strategy(name=StrategyName.FED_XGB_BAGGING))
     start = array(model([OLD]))
+    strategy.begin([start])
     asked = strategy.configure_train(1, [start], grid)
     grown = array(model([OLD], [stump(-4.0, 4.0)]))
     assert strategy.problem_with([grown], [start]) is None  # although it is longer
-    replies = [
-        reply_with(message, [grown], {ROWS: rows}) for message, rows in zip(asked, (10, 30), strict=True)
-    ]
-    (result,) = strategy.aggregate_train(1, replies)
+    for message, rows in zip(asked, (10, 30), strict=True):
+        strategy.take(message, Message(REPLY, {"rows": rows, "metrics": {}}, [grown]))
+    (result,) = strategy.aggregate_train(1)
     assert result.dtype == np.uint8
     found = ensemble_of(result.tobytes())
     assert [tree["split_conditions"][2] for tree in found["trees"]] == [1.0, 1.0, 3.0]
@@ -183,7 +183,8 @@ def test_the_strategy_bags_what_learners_answer(grid: FlightGrid) -> None:
 
 def test_no_answer_is_an_error(grid: FlightGrid) -> None:
     strategy = RoundStrategy(Strategy(name=StrategyName.FED_XGB_BAGGING))
+    strategy.begin([array(model())])
     strategy.configure_train(1, [array(model())], grid)
     with pytest.raises(FlopsError) as caught:
-        strategy.aggregate_train(1, [])
+        strategy.aggregate_train(1)
     assert caught.value.code is ErrorCode.AGGREGATION_FAILED
