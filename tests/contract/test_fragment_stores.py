@@ -168,6 +168,15 @@ def test_little_batches_become_large_row_groups(tmp_path: Path, parquet_store: P
     assert pq.read_metadata(path).num_row_groups == 1
 
 
+@pytest.mark.parametrize("is_repeating", [False, True])
+def test_only_values_that_repeat_get_a_dictionary(parquet_store: ParquetStore, is_repeating: bool) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 16, 100_000) if is_repeating else rng.random(100_000)
+    fragment = store_rows(parquet_store, "t", pa.record_batch({"x": values}), DIGESTS[0], 0)
+    stored_share = fragment.size_bytes / values.nbytes
+    assert stored_share < 0.1 if is_repeating else stored_share < 1.05  # all in a dictionary: 1.2
+
+
 def test_files_are_for_the_owner_only(tmp_path: Path, parquet_store: ParquetStore) -> None:
     store_rows(parquet_store, "t", some_rows(1), DIGESTS[0], 0)
     folder = tmp_path / "new" / "store" / "tags"

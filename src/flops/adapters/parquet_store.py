@@ -21,12 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flops.core.dataset import Damage, Fragment, TagLimits
-from flops.durable_file import file_error, sync_file, sync_folder, write_durably
+from flops.durable_file import file_error, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
 
 ROW_GROUP_BYTES = 16 * 1_048_576  # of values in memory: what an upload and a reader hold at once
 ROW_GROUP_ROWS = 1_048_576
 BATCH_BYTES = 4 * 1_048_576
+# Dictionaries pay where values repeat. Columns whose values do not are written plain: encoding them takes five
+# times as long, and more room on the disk. So do small uploads.
+_DICTIONARY_BYTES = 16_384  # a column chunk whose different values take more goes on plain
+_DICTIONARY_ROWS = 1_024  # below this, an upload has none
 _LIMITS_FILE = "limits.json"
 _REASON_SUFFIX = ".reason"
 _NAME = re.compile(
@@ -178,18 +182,13 @@ class ParquetUpload:
     def __init__(self, path: Path, folder: Path, schema: pa.Schema) -> None:
         self._path = path
         self._folder = folder
+        self._schema = schema
         self._pending: list[Any] = []
         self._pending_rows = 0
         self._pending_bytes = 0
         self._writer: Any = None
-        try:
-            with _translated(path):
-                self._writer = pq.ParquetWriter(
-                    path, schema, compression="lz4", write_statistics=False, write_page_checksum=True
-                )
-        except FlopsError:
-            self.discard()
-            raise
+        with _translated(path):
+            self._file = pa.OSFile(str(path), "wb")
 
     def write(self, batch: Any) -> None:
         """Take in the next rows; they are written in row groups of `ROW_GROUP_BYTES`.
@@ -217,7 +216,8 @@ class ParquetUpload:
         self._write_row_group()
         with _translated(self._path):
             self._writer.close()
-            sync_file(self._path)
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def publish(self, fragment_id: str, digest: str, first_row: int, rows: int) -> Fragment:
         """Move the file to its place, durably.
@@ -248,9 +248,10 @@ class ParquetUpload:
     def discard(self) -> None:
         """Forget the rows; nothing happens after `publish`."""
         self._pending = []
-        if self._writer is not None:
-            with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, which a full disk refuses
+        with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, which a full disk refuses
+            if self._writer is not None:
                 self._writer.close()
+        self._file.close()
         self._path.unlink(missing_ok=True)
 
     def _write_row_group(self) -> None:
@@ -258,8 +259,21 @@ class ParquetUpload:
             return
         with _translated(self._path):
             table = pa.Table.from_batches(self._pending)
+            if self._writer is None:
+                self._writer = self._open_writer(has_dictionaries=table.num_rows >= _DICTIONARY_ROWS)
             self._writer.write_table(table, row_group_size=table.num_rows)
         self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+
+    def _open_writer(self, *, has_dictionaries: bool) -> pq.ParquetWriter:
+        return pq.ParquetWriter(
+            self._file,
+            self._schema,
+            compression="lz4",
+            write_statistics=False,
+            write_page_checksum=True,
+            use_dictionary=has_dictionaries,
+            dictionary_pagesize_limit=_DICTIONARY_BYTES,
+        )
 
 
 def _file_name(fragment: Fragment) -> str:
