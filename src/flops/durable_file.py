@@ -7,7 +7,9 @@ import errno
 import os
 import re
 import secrets
+import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from flops.errors import ErrorCode, FlopsError
@@ -84,6 +86,36 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class SharedSync:
+    """A sync that threads wait for together: one serves all who asked before it began.
+
+    Args:
+        sync: makes everything durable that was done before it is called.
+    """
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self._sync = sync
+        self._asking = threading.Lock()
+        self._turn = threading.Lock()
+        self._asked = 0
+        self._served = 0
+
+    def wait(self) -> None:
+        """Return when everything that this thread did before is durable.
+
+        Raises:
+            OSError: it may not be.
+        """
+        with self._asking:
+            self._asked += 1
+            number = self._asked
+        with self._turn:
+            if self._served < number:
+                newest = self._asked
+                self._sync()
+                self._served = newest
 
 
 def file_error(exc: OSError, path: Path) -> FlopsError:

@@ -19,7 +19,7 @@ from flops.adapters.memory_fragments import MemoryFragments
 from flops.adapters.parquet_store import BATCH_BYTES, ParquetStore
 from flops.core.dataset import TagLimits
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import FragmentStore, FragmentUpload
+from flops.fragment_ports import FragmentStore, FragmentUpload
 from flops.testing.contracts.fragment_store import (
     DIGESTS,
     SCHEMA,
@@ -175,6 +175,23 @@ def test_only_values_that_repeat_get_a_dictionary(parquet_store: ParquetStore, i
     fragment = store_rows(parquet_store, "t", pa.record_batch({"x": values}), DIGESTS[0], 0)
     stored_share = fragment.size_bytes / values.nbytes
     assert stored_share < 0.1 if is_repeating else stored_share < 1.05  # all in a dictionary: 1.2
+
+
+def test_what_has_settled_was_synced_after_it_had_its_place(
+    tmp_path: Path, parquet_store: ParquetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, list[str]]] = []
+    really_sync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        synced.append((path.name, _files(path) if path.is_dir() else []))
+        really_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    store_rows(parquet_store, "t", some_rows(1), DIGESTS[0], 0)
+    (stored,) = _files(tmp_path)
+    assert synced == [("0.parquet", []), ("tags", []), ("t", [stored])]
 
 
 def test_files_are_for_the_owner_only(tmp_path: Path, parquet_store: ParquetStore) -> None:

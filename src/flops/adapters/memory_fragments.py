@@ -14,7 +14,7 @@ from flops.ports import Clock
 
 
 class MemoryFragments:
-    """Implements `flops.ports.FragmentStore`."""
+    """Implements `flops.fragment_ports.FragmentStore`."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -31,6 +31,9 @@ class MemoryFragments:
     def begin(self, tag: str, schema: Any) -> MemoryFragmentUpload:
         """Begin an upload."""
         return MemoryFragmentUpload(self, tag, schema)
+
+    def settle(self, tag: str) -> None:
+        """Nothing to do."""
 
     def read(self, fragment: Fragment) -> Iterator[Any]:
         """The rows, in the batches they came in.
@@ -79,7 +82,7 @@ class MemoryFragments:
 
 
 class MemoryFragmentUpload:
-    """Implements `flops.ports.FragmentUpload`."""
+    """Implements `flops.fragment_ports.FragmentUpload`."""
 
     def __init__(self, store: MemoryFragments, tag: str, schema: pa.Schema) -> None:
         self._store = store

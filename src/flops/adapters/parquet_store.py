@@ -14,6 +14,8 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flops.core.dataset import Damage, Fragment, TagLimits
-from flops.durable_file import file_error, sync_folder, write_durably
+from flops.durable_file import SharedSync, file_error, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
 
 ROW_GROUP_BYTES = 16 * 1_048_576  # of values in memory: what an upload and a reader hold at once
 ROW_GROUP_ROWS = 1_048_576
 BATCH_BYTES = 4 * 1_048_576
-# Dictionaries pay where values repeat. Columns whose values do not are written plain: encoding them takes five
-# times as long, and more room on the disk. So do small uploads.
+# Dictionaries pay where values repeat. Columns whose values do not, and small uploads, are written plain: to
+# encode them takes up to five times as long, and more room on the disk.
 _DICTIONARY_BYTES = 16_384  # a column chunk whose different values take more goes on plain
 _DICTIONARY_ROWS = 1_024  # below this, an upload has none
+_WRITE_BYTES = 1_048_576  # gathered for one write: a file of many columns has thousands of pages
 _LIMITS_FILE = "limits.json"
 _REASON_SUFFIX = ".reason"
 _NAME = re.compile(
@@ -39,7 +42,7 @@ _NAME = re.compile(
 
 
 class ParquetStore:
-    """Implements `flops.ports.FragmentStore`. One process at a time uses a folder.
+    """Implements `flops.fragment_ports.FragmentStore`. One process at a time uses a folder.
 
     Args:
         folder: where the fragments are; it is created when it does not exist. What a killed process left
@@ -54,6 +57,8 @@ class ParquetStore:
         self._incoming = folder / "incoming"
         self._damaged = folder / "damaged"
         self._numbers = itertools.count()
+        self._encoders = ThreadPoolExecutor(os.cpu_count(), "encoder")
+        self._syncs: dict[str, SharedSync] = {}  # by tag
         with _translated(folder):
             for path in (self._tags, self._incoming, self._damaged):
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -63,6 +68,7 @@ class ParquetStore:
 
     def close(self) -> None:
         """Let another process use the folder."""
+        self._encoders.shutdown()
         os.close(self._lock)
 
     def fragments(self) -> list[tuple[Fragment, Any]]:
@@ -86,7 +92,17 @@ class ParquetStore:
             FlopsError: ``disk_full``.
         """
         path = self._incoming / f"{next(self._numbers)}.parquet"
-        return ParquetUpload(path, self._tags / tag, schema)
+        return ParquetUpload(path, self._tags / tag, schema, self._encoders)
+
+    def settle(self, tag: str) -> None:
+        """Have everything durable that was published under a tag until now.
+
+        Raises:
+            FlopsError: ``disk_full``, ``file_unreadable``.
+        """
+        folder = self._tags / tag
+        with _translated(folder):
+            self._syncs.setdefault(tag, SharedSync(partial(sync_folder, folder))).wait()
 
     def read(self, fragment: Fragment) -> Iterator[Any]:
         """The rows in batches of a few MB at most, unless a single row is larger.
@@ -177,18 +193,24 @@ class ParquetStore:
 
 
 class ParquetUpload:
-    """Implements `flops.ports.FragmentUpload`; made by `ParquetStore.begin`."""
+    """Implements `flops.fragment_ports.FragmentUpload`; made by `ParquetStore.begin`.
 
-    def __init__(self, path: Path, folder: Path, schema: pa.Schema) -> None:
+    A full row group is encoded by another thread, while the next one comes in.
+    """
+
+    def __init__(self, path: Path, folder: Path, schema: pa.Schema, encoders: Executor) -> None:
         self._path = path
         self._folder = folder
         self._schema = schema
+        self._encoders = encoders
+        self._encoding: Future[None] | None = None
         self._pending: list[Any] = []
         self._pending_rows = 0
         self._pending_bytes = 0
         self._writer: Any = None
         with _translated(path):
             self._file = pa.OSFile(str(path), "wb")
+            self._buffered = pa.BufferedOutputStream(self._file, _WRITE_BYTES)
 
     def write(self, batch: Any) -> None:
         """Take in the next rows; they are written in row groups of `ROW_GROUP_BYTES`.
@@ -201,7 +223,9 @@ class ParquetUpload:
             self._pending_rows += piece.num_rows
             self._pending_bytes += piece.nbytes
             if self._pending_rows >= ROW_GROUP_ROWS or self._pending_bytes >= ROW_GROUP_BYTES:
-                self._write_row_group()
+                with _translated(self._path):
+                    self._wait_for_encoder()
+                    self._encoding = self._encoders.submit(self._encode, self._take_pending())
 
     def size_bytes(self) -> int:
         """Bytes on disk so far; exact after `seal`."""
@@ -213,14 +237,17 @@ class ParquetUpload:
         Raises:
             FlopsError: ``disk_full``.
         """
-        self._write_row_group()
         with _translated(self._path):
+            self._wait_for_encoder()
+            if self._pending:
+                self._encode(self._take_pending())
             self._writer.close()
+            self._buffered.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+            self._buffered.close()
 
     def publish(self, fragment_id: str, digest: str, first_row: int, rows: int) -> Fragment:
-        """Move the file to its place, durably.
+        """Move the file to its place; `ParquetStore.settle` makes that durable.
 
         Raises:
             FlopsError: ``disk_full``; nothing is stored then.
@@ -237,36 +264,40 @@ class ParquetUpload:
                 stored_at_s=status.st_mtime,
             )
             _make_folder(self._folder)
-            final = self._path.replace(self._folder / _file_name(fragment))
-            try:
-                sync_folder(self._folder)
-            except OSError:
-                final.unlink()
-                raise
+            self._path.replace(self._folder / _file_name(fragment))
         return fragment
 
     def discard(self) -> None:
         """Forget the rows; nothing happens after `publish`."""
         self._pending = []
         with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, which a full disk refuses
-            if self._writer is not None:
-                self._writer.close()
+            self._wait_for_encoder()
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._buffered.close()
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def _write_row_group(self) -> None:
-        if not self._pending:
-            return
-        with _translated(self._path):
-            table = pa.Table.from_batches(self._pending)
-            if self._writer is None:
-                self._writer = self._open_writer(has_dictionaries=table.num_rows >= _DICTIONARY_ROWS)
-            self._writer.write_table(table, row_group_size=table.num_rows)
+    def _take_pending(self) -> pa.Table:
+        table = pa.Table.from_batches(self._pending)
         self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+        return table
+
+    def _wait_for_encoder(self) -> None:
+        encoding, self._encoding = self._encoding, None
+        if encoding is not None:
+            encoding.result()
+
+    def _encode(self, table: pa.Table) -> None:
+        """Write a row group, and have the disk begin with it: the sync at the end has less to wait for."""
+        if self._writer is None:
+            self._writer = self._open_writer(has_dictionaries=table.num_rows >= _DICTIONARY_ROWS)
+        start = self._file.tell()
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        os.posix_fadvise(self._file.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
 
     def _open_writer(self, *, has_dictionaries: bool) -> pq.ParquetWriter:
         return pq.ParquetWriter(
-            self._file,
+            self._buffered,
             self._schema,
             compression="lz4",
             write_statistics=False,

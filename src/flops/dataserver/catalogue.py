@@ -12,38 +12,14 @@ from flops.core.cluster import DataTag
 from flops.core.dataset import Bounds, Fragment, Stored, TagDescription, TagLimits, fragments_to_drop
 from flops.dataserver.rows import merge_small, rows_of_part
 from flops.dataserver.statistics import scan
+from flops.dataserver.tag import Tag
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import FragmentStore, FragmentUpload
+from flops.fragment_ports import FragmentStore, FragmentUpload
 from flops.wire.content_digest import ContentDigest
 from flops.wire.flight import Query, UploadName, fragment_name
-from flops.wire.tag_schema import check_fit, columns_of, conform, metadata_of, storable_schema
+from flops.wire.tag_schema import check_fit, conform, metadata_of, storable_schema
 
 _log = logging.getLogger(__name__)
-
-
-class Tag:
-    """A tag in memory: fragments by first row, the first one's schema, and the lock for changing them."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.lock = threading.Lock()
-        self.fragments: list[Fragment] = []
-        self.schema: pa.Schema | None = None
-        self.limits = TagLimits()
-
-    def find(self, fragment_id: str) -> Fragment | None:
-        """The fragment with this id."""
-        return next((f for f in self.fragments if f.id == fragment_id), None)
-
-    def facts(self) -> DataTag:
-        """What may be told about the tag outside of its node."""
-        return DataTag(
-            name=self.name,
-            rows=sum(f.rows for f in self.fragments),
-            size_bytes=sum(f.size_bytes for f in self.fragments),
-            columns=columns_of(self.schema) if self.schema is not None else {},
-            last_write_s=max((f.stored_at_s for f in self.fragments), default=0.0),
-        )
 
 
 class Catalogue:
@@ -89,7 +65,7 @@ class Catalogue:
         with tag.lock:
             description = TagDescription(
                 tag=tag.facts(),
-                fragments=tuple(tag.fragments),
+                fragments=tuple(tag.fragments.values()),
                 limits=tag.limits,
                 damaged=damaged,
                 metadata=metadata_of(tag.schema) if tag.schema is not None else {},
@@ -122,7 +98,7 @@ class Catalogue:
         found: list[tuple[Fragment, pa.Schema]] = []
         for tag in tags:
             with tag.lock:
-                found += [(fragment, tag.schema) for fragment in tag.fragments]
+                found += [(fragment, tag.schema) for fragment in tag.fragments.values()]
         return found
 
     def fragment(self, name: UploadName) -> tuple[Fragment, pa.Schema]:
@@ -132,7 +108,7 @@ class Catalogue:
             FlopsError: ``fragment_not_found``.
         """
         tag = self._find(name.tag)
-        found = tag.find(name.id) if tag is not None else None
+        found = tag.fragments.get(name.id) if tag is not None else None
         if tag is None or found is None:
             raise FlopsError(
                 ErrorCode.FRAGMENT_NOT_FOUND,
@@ -183,7 +159,7 @@ class Catalogue:
         """
         tag = self._existing(name)
         with tag.lock:
-            dropped = list(tag.fragments)
+            dropped = list(tag.fragments.values())
             remove(self._store, tag, dropped)
         return len(dropped)
 
@@ -212,9 +188,10 @@ class Catalogue:
             limits = tag.limits.model_copy(update=changed)
             self._store.put_limits(name, limits)
             tag.limits = limits
-            for newest in tag.fragments[-1:]:
+            fragments = list(tag.fragments.values())
+            for newest in fragments[-1:]:
                 excess = fragments_to_drop(
-                    tag.fragments[:-1], limits.retention, rows=newest.rows, size_bytes=newest.size_bytes
+                    fragments[:-1], limits.retention, rows=newest.rows, size_bytes=newest.size_bytes
                 )
                 remove(self._store, tag, excess)
         return limits
@@ -243,7 +220,7 @@ class Catalogue:
                 tag = self._tag(fragment.tag)
                 with tag.lock:
                     self._store.set_aside(fragment, exc.message)
-                    forget(tag, fragment)
+                    tag.forget(fragment)
             raise
 
     def _take_in(self, fragment: Fragment, schema: pa.Schema) -> None:
@@ -255,11 +232,10 @@ class Catalogue:
         except FlopsError as exc:
             self._store.set_aside(fragment, exc.message)
             return
-        replaced = tag.find(fragment.id)
+        replaced = tag.fragments.get(fragment.id)
         if replaced is not None:  # the server was killed between storing the new one and removing the old
             remove(self._store, tag, [replaced])
-        tag.fragments.append(fragment)
-        tag.schema = tag.schema if tag.schema is not None else schema
+        tag.add(fragment, schema)
 
     def _tag(self, name: str) -> Tag:
         with self._lock:
@@ -340,31 +316,42 @@ class Upload:
             if tag.schema is not None:  # another first upload may have been faster
                 check_fit(tag.name, tag.schema, self._schema)
             fragment_id = self._name.id or digest
-            same = next((f for f in tag.fragments if f.digest == digest), None)
-            replaced = [f for f in tag.fragments if f.id == fragment_id and f != same]
-            if same is not None:
-                remove(self._store, tag, replaced)
-                return Stored(fragment=same, is_new=False)
-            dropped = self._make_room(replaced)
-            first_row = max((f.first_row + f.rows for f in tag.fragments), default=0)
-            fragment = self._writer.publish(fragment_id, digest, first_row, self.rows)
-            tag.fragments.append(fragment)
-            tag.schema = tag.schema if tag.schema is not None else self._schema
-            remove(self._store, tag, [*dropped, *replaced])
-        return Stored(fragment=fragment, is_new=True, dropped=len(dropped))
+            same = tag.with_digest(digest)
+            replaced = [f for f in [tag.fragments.get(fragment_id)] if f is not None and f is not same]
+            dropped = self._make_room(replaced) if same is None else []
+            fragment = same or self._writer.publish(fragment_id, digest, tag.next_row(), self.rows)
+            if dropped or replaced:  # they stay until what comes in their place is durable
+                self._settle(fragment, is_new=same is None)
+                remove(self._store, tag, [*dropped, *replaced])
+            if same is None:
+                tag.add(fragment, self._schema)
+        self._settle(fragment, is_new=same is None)
+        return Stored(fragment=fragment, is_new=same is None, dropped=len(dropped))
 
     def discard(self) -> None:
         """Forget the rows; nothing happens after `commit`."""
         self._writer.discard()
 
+    def _settle(self, fragment: Fragment, *, is_new: bool) -> None:
+        """Have it on disk. Uploads that end at the same time wait for this together, without the lock."""
+        try:
+            self._store.settle(fragment.tag)
+        except FlopsError:
+            if is_new:
+                with self._tag.lock:
+                    remove(self._store, self._tag, [fragment])
+            raise
+
     def _make_room(self, replaced: list[Fragment]) -> list[Fragment]:
         """What retention removes in exchange for this upload; refuse it if the quota is exceeded even so."""
-        older = [f for f in self._tag.fragments if f not in replaced]
-        limits, size_bytes = self._tag.limits, self._writer.size_bytes()
-        dropped = fragments_to_drop(older, limits.retention, rows=self.rows, size_bytes=size_bytes)
-        kept = [f for f in older if f not in dropped]
-        rows = self.rows + sum(f.rows for f in kept)
-        size_bytes += sum(f.size_bytes for f in kept)
+        tag, limits, size_bytes = self._tag, self._tag.limits, self._writer.size_bytes()
+        dropped: list[Fragment] = []
+        if limits.retention != Bounds():
+            older = [f for f in tag.fragments.values() if f not in replaced]
+            dropped = fragments_to_drop(older, limits.retention, rows=self.rows, size_bytes=size_bytes)
+        gone = [*dropped, *replaced]
+        rows = self.rows + tag.rows - sum(f.rows for f in gone)
+        size_bytes += tag.size_bytes - sum(f.size_bytes for f in gone)
         if not limits.quota.admit(rows, size_bytes):
             raise self._quota_exceeded(rows, size_bytes)
         return dropped
@@ -382,14 +369,7 @@ def remove(store: FragmentStore, tag: Tag, fragments: Sequence[Fragment]) -> Non
     """Remove fragments from the store and from their tag, whose lock is held."""
     for fragment in fragments:
         store.remove(fragment)
-        forget(tag, fragment)
-
-
-def forget(tag: Tag, fragment: Fragment) -> None:
-    """Take a fragment out of its tag, whose lock is held; without any, the tag may get another schema."""
-    tag.fragments = [f for f in tag.fragments if f.first_row != fragment.first_row]
-    if not tag.fragments:
-        tag.schema = None
+        tag.forget(fragment)
 
 
 def _tag_not_found(*names: str) -> FlopsError:

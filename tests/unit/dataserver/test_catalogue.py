@@ -325,3 +325,25 @@ def test_columns_with_many_values_are_not_counted(catalogue: Catalogue) -> None:
 
 def test_an_unknown_tag_is_not_described(catalogue: Catalogue) -> None:
     fails(ErrorCode.TAG_NOT_FOUND, lambda: catalogue.describe("nope"))
+
+
+class UnsureDisk(MemoryFragments):
+    """Cannot say that what was published is durable, as long as `is_failing`."""
+
+    is_failing = False
+
+    def settle(self, tag: str) -> None:
+        if self.is_failing:
+            raise FlopsError(ErrorCode.FILE_UNREADABLE, f"The folder of {tag} cannot be synced.")
+
+
+@pytest.mark.parametrize("name", ["", "kept"])
+def test_what_may_not_be_durable_is_taken_back_and_nothing_goes_for_it(name: str) -> None:
+    store = UnsureDisk(CountingClock())
+    catalogue = Catalogue(store)
+    put(catalogue, "t", numbers(0, 5), name="kept")
+    store.is_failing = True
+    fails(ErrorCode.FILE_UNREADABLE, lambda: put(catalogue, "t", numbers(5, 9), name=name))
+    store.is_failing = False
+    assert read(catalogue, "t") == read(Catalogue(store), "t") == list(range(5))
+    assert put(catalogue, "t", numbers(5, 9), name=name).is_new

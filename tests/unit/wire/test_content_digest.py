@@ -69,4 +69,6 @@ def test_data_that_was_stored_by_earlier_versions_is_known_again() -> None:
     """The digest is in the names of stored files: with another one, the same data would be stored twice."""
     whole = pa.table(COLUMNS)
     assert digest_of(whole, 3) == "d8f6158bcaba24d859118519d85772154e11e80e77a8fc6985880b43f13165bc"
-    assert digest_of(whole.slice(0, 1), 3) == "30bd7d7edc27607e745a246f348bade17ee2dc9f94626179730fac3009d33ff6"
+    assert (
+        digest_of(whole.slice(0, 1), 3) == "30bd7d7edc27607e745a246f348bade17ee2dc9f94626179730fac3009d33ff6"
+    )

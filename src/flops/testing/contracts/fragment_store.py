@@ -1,4 +1,4 @@
-"""What every `flops.ports.FragmentStore` does."""
+"""What every `flops.fragment_ports.FragmentStore` does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from flops.core.dataset import Bounds, Fragment, TagLimits
 from flops.errors import ErrorCode, FlopsError
-from flops.ports import FragmentStore
+from flops.fragment_ports import FragmentStore
 
 DIGESTS = ("a" * 64, "b" * 64, "c" * 64)
 SCHEMA = pa.schema(
@@ -30,6 +30,7 @@ def store_rows(
     upload.write(batch)
     upload.seal()
     fragment = upload.publish(f"id-{first_row}", digest, first_row, batch.num_rows)
+    store.settle(tag)
     upload.discard()
     return fragment
 
