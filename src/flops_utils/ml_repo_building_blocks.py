@@ -12,7 +12,8 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import DIRECTLY, Query, bearer, parse_error, ticket_for
+from flops.wire.flight import Query, bearer, parse_error, ticket_for
+from flops.wire.server_trust import dial_options, split_trust
 from flops_utils.local_data import DataSource, current_source, note_arrival, note_rows
 
 if TYPE_CHECKING:
@@ -77,8 +78,10 @@ def load_dataset() -> Dataset:
 
 def _read(source: DataSource) -> pa.Table:
     query = Query(source.data_tags, source.part, source.parts)
-    with flight.FlightClient(f"grpc://{source.address}", generic_options=DIRECTLY) as client:
-        options = flight.FlightCallOptions(headers=[bearer(source.token)])
+    token, trust = split_trust(source.token)
+    location, dial = dial_options(source.address, trust)
+    with flight.FlightClient(location, **dial) as client:
+        options = flight.FlightCallOptions(headers=[bearer(token)])
         batches = client.do_get(flight.Ticket(ticket_for(query)), options).to_reader()
         return pa.Table.from_batches(_counted(batches), schema=batches.schema)
 

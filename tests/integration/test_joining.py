@@ -46,7 +46,7 @@ from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.testing.waiting import until
 from flops.wire.cluster_tls import cluster_tls
-from flops.wire.flight import aggregator_name
+from flops.wire.flight import DATA_SERVER, aggregator_name, data_server_name
 from flops.wire.join import JoinToken
 from flops.wire.node import Heartbeat, Hello, Refused, RemoveService, ServiceChanged, StartService, Welcome
 from flops.wiring.cluster_port import guarded
@@ -486,6 +486,28 @@ def test_blobs_are_for_nodes_and_for_services_while_they_run(cluster: SafeCluste
         status = ServiceStatus(service_id=ServiceId("s1"), state=ServiceState.COMPLETED)
         played.link.send(ServiceChanged(status=status))
         until(lambda: cluster.get(path, auth=("s1", key)) == (403, "forbidden"), "its key ends with it")
+
+
+def test_a_node_that_may_hold_data_gets_a_certificate_for_its_data_server_and_renews_it(
+    cluster: SafeCluster, tmp_path: Path
+) -> None:
+    cluster.join("n1")
+    cluster.join("builder", cluster.invite(addons=(IMAGE_BUILDER_ADDON,)))
+    file, now_s = tmp_path / "identity.pem", cluster.clock.now_s()
+
+    def certify(node_id: str, at_s: float = now_s) -> bool:
+        return certify_service(cluster.file_of(node_id), cluster.address, DATA_SERVER, file, at_s)
+
+    refused(ErrorCode.FORBIDDEN, lambda: certify("builder"))
+    assert not file.exists()
+    assert certify("n1")
+    first = read_identity(file)
+    assert first is not None
+    assert first.node_id == data_server_name("n1")
+    assert not certify("n1")
+    assert certify("n1", now_s + (first.not_after_s - now_s) * 0.7)
+    cluster.security.admission.expel(NodeId("n1"))
+    refused(ErrorCode.CERTIFICATE_REFUSED, lambda: certify("n1", first.not_after_s))
 
 
 def test_mlflow_is_for_aggregators_while_they_run(cluster: SafeCluster) -> None:

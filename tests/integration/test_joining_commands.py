@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,6 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def status_of(deployment: Deployment, name: str) -> dict[str, Any]:
-    import json
-
     data: dict[str, Any] = json.loads(deployment.node(name, "status", "--format", "json").stdout)["data"]
     return data
 
@@ -60,6 +59,15 @@ def test_a_node_joins_works_renews_itself_and_is_locked_out(deployment: Deployme
     (deployment.home / "mock.json").write_text(MOCK)
     deployment.flops("mock-data", "create", "mock.json", "--watch")  # its provider fetches a blob
     assert deployment.rows("rows") == 40
+    server = json.loads((deployment.home / "one" / "dataserver" / "endpoint.json").read_text())
+    assert server["name"].endswith(".data.flops.internal")  # so it went there encrypted
+    node = ("--home", str(deployment.home / "one"))
+    device = deployment.home / "device.token"
+    device.write_text(deployment.flops("data", "token", "--tag", "rows", *node).stdout)
+    sent = ("--server", f"{server['host']}:{server['port']}", "--token-file", str(device))
+    (deployment.home / "more.csv").write_text("a,b\n-1,-1\n")
+    deployment.flops("data", "push", "more.csv", "--tag", "rows", *sent)
+    until(lambda: deployment.rows("rows") == 41, "the device's row")
 
     first = status_of(deployment, "one")["certificate"]
     assert first["signer"].startswith("FLOps cluster")

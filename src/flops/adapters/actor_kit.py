@@ -23,6 +23,7 @@ KIT_MODULES = (
     "flops.wire.training",
     "flops.wire.flight",
     "flops.wire.keepalive",
+    "flops.wire.server_trust",
     "flops.trainer",
     "flops.trainer.dialling",
     "flops.trainer.learner",

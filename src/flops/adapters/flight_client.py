@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from pyarrow import flight
 from flops.core.cluster import DataTag
 from flops.core.dataset import Stored, TagDescription, TagLimits
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.cluster_tls import dialled_in_vain
 from flops.wire.flight import (
     DEFAULT_PORT,
     SEALED,
@@ -27,9 +29,11 @@ from flops.wire.flight import (
     ticket_for,
 )
 from flops.wire.keepalive import keep_connections_alive
+from flops.wire.server_trust import dial_options, split_trust
 
 ANSWER_TIMEOUT_S = 10.0  # for calls that carry no rows
 SCAN_TIMEOUT_S = 600.0  # for statistics over all rows of a tag
+_LOOK_S = 3.0  # for what of encryption is wrong
 _BATCH_BYTES = 4 * 1_048_576
 _FOREIGN_CODES: dict[type[Exception], ErrorCode] = {
     flight.FlightUnavailableError: ErrorCode.UNREACHABLE,
@@ -46,17 +50,18 @@ class FlightDataClient:
 
     Args:
         address: ``host`` or ``host:port`` of the server.
-        token: its admin token, or one minted from it.
+        token: its admin token, or one minted from it, with what the server is known by if it encrypts.
         timeout_s: how long to wait for answers that carry no rows.
     """
 
     def __init__(self, address: str, token: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.address = _with_port(address)
         self._port = int(self.address.rpartition(":")[2])
-        self._token = token
+        self._token, self._trust = split_trust(token)
         self._timeout_s = timeout_s
+        location, options = dial_options(self.address, self._trust)
         try:
-            self._client = flight.FlightClient(f"grpc://{self.address}")
+            self._client = flight.FlightClient(location, **options)
         except pa.ArrowException as exc:
             raise FlopsError(ErrorCode.USAGE, f"{address!r} is not an address: {exc}.") from exc
 
@@ -215,10 +220,23 @@ class FlightDataClient:
         reason = str(exc).partition(". gRPC client debug context")[0]
         code = next((code for kind, code in _FOREIGN_CODES.items() if isinstance(exc, kind)), None)
         if code is ErrorCode.UNREACHABLE:
+            if (problem := self._encryption_problem()) is not None:
+                return problem
             return FlopsError(code, f"The data server at {self.address} does not answer: {reason}.")
         if code is None:
             code = ErrorCode.INTERNAL
         return FlopsError(code, f"The data server at {self.address} failed: {reason}.")
+
+    def _encryption_problem(self) -> FlopsError | None:
+        """What of encryption is wrong; gRPC says no more than that there is no connection."""
+        host, trust, tls = self.address.rpartition(":")[0].strip("[]"), self._trust, None
+        if trust is not None:
+            tls = ssl.create_default_context(cadata=trust.authority)
+        name, expected = "" if trust is None else trust.name, "the data server that the token is for"
+        found = dialled_in_vain(host, self._port, tls, name, expected, _LOOK_S)
+        if found is not None:
+            found.hint = "Use a token that `flops data token` has made on the machine of the node lately."
+        return found
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def renew_identity(path: Path, cluster: str) -> Identity:
     return _must_read(path)
 
 
-def certify_service(path: Path, cluster: str, service_id: str, target: Path, now_s: float) -> None:
+def certify_service(path: Path, cluster: str, service_id: str, target: Path, now_s: float) -> bool:
     """Write a key with a certificate of the cluster for a service on this node, unless a good one is there.
 
     Args:
@@ -157,17 +157,20 @@ def certify_service(path: Path, cluster: str, service_id: str, target: Path, now
         target: where it is written.
         now_s: seconds since the epoch.
 
+    Returns:
+        Whether a new one was written.
+
     Raises:
         FlopsError: as `renew_identity`, and ``forbidden`` when the service is not this node's.
     """
-    present = read_identity(target)
-    if present is not None and not present.is_due(now_s):
-        return
-    identity = _must_read(path)
+    present, identity = read_identity(target), _must_read(path)
+    if present is not None and present.authority == identity.authority and not present.is_due(now_s):
+        return False
     key = new_key()
     request = ServiceCertificateRequest(service_id=service_id, signing_request=signing_request(key))
     signed = _post(f"https://{cluster}{SERVICE_PATH}", request, cluster_tls(identity.authority, path))
     write_durably(target, key + signed.certificate + identity.authority)
+    return True
 
 
 def trusted_authority(url: str, fingerprint: str, expected: str) -> str:

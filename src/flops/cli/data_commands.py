@@ -195,9 +195,14 @@ def token(
 ) -> None:
     """Make a token for a device from the data server's own: good for these tags and no others."""
     from flops.wire.flight import Scope, check_tag, mint_token
+    from flops.wire.server_trust import split_trust, with_trust
+    from flops.wiring.data import server_trust
 
     scope = Scope(right, tuple(check_tag(tag) for tag in tags or ()))
-    minted = mint_token(_read_token(token_file or _folder(home) / TOKEN_FILE), scope)
+    own, trust = split_trust(_read_token(token_file or _folder(home) / TOKEN_FILE))
+    if token_file is None:
+        trust = server_trust(_folder(home))
+    minted = with_trust(mint_token(own, scope), trust)
     print_data(
         {"token": minted, "right": right, "tags": tags or []}, output_format, lambda: print_line(minted)
     )
@@ -206,9 +211,14 @@ def token(
 @contextmanager
 def _connected(server: str | None, token_file: Path | None, home: Path | None) -> Iterator[DataClient]:
     from flops.data import DataClient
+    from flops.wire.server_trust import split_trust, with_trust
+    from flops.wiring.data import server_trust
 
     address = server or _local_address(_folder(home))
-    with DataClient(address, _read_token(token_file or _folder(home) / TOKEN_FILE)) as client:
+    token = _read_token(token_file or _folder(home) / TOKEN_FILE)
+    if server is None and split_trust(token)[1] is None:
+        token = with_trust(token, server_trust(_folder(home)))
+    with DataClient(address, token) as client:
         yield client
 
 

@@ -110,8 +110,9 @@ def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) 
     listening = {
         **({} if status.manager_url.startswith("https:") else {"the manager": status.manager_host}),
         **({} if status.is_cluster_encrypted else {"the cluster": status.cluster_address.rpartition(":")[0]}),
-        **{f"node {node.name}": node.facts.address for node in nodes if node.is_connected},
     }
+    if not status.is_cluster_encrypted:  # then neither do data servers
+        listening |= {f"node {node.name}": node.facts.address for node in nodes if node.is_connected}
     open_ones = [f"{name} ({host})" for name, host in listening.items() if not is_loopback(host)]
     if open_ones:
         what = f"Others on the network can reach, without encryption: {', '.join(open_ones)}."
@@ -119,7 +120,7 @@ def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) 
             "encryption", HERE, what, "Use a network that you trust, such as a VPN or a closed subnet."
         )
     else:
-        what = "What others on the network reach is encrypted; all else listens on this machine only."
+        what = "What others on the network reach is encrypted, but for models that are served."
         yield known("encryption", HERE, what)
 
 

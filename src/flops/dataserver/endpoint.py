@@ -8,13 +8,14 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+from flops.core.address import reached_here
 from flops.durable_file import keep_token, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.flight import ENDPOINT_FILE, TOKEN_FILE
-
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
+from flops.wire.server_trust import ServerTrust
 
 
 def admin_token(folder: Path) -> str:
@@ -27,10 +28,12 @@ def admin_token(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def announced(folder: Path, host: str, port: int) -> Iterator[None]:
-    """Tell where the server listens, as long as it does."""
+def announced(folder: Path, host: str, port: int, trust: ServerTrust | None = None) -> Iterator[None]:
+    """Tell where the server listens and what it is known by, as long as it does."""
     path = folder / ENDPOINT_FILE
-    endpoint = {"host": _ANY_ADDRESS.get(host, host), "port": port, "pid": os.getpid()}
+    endpoint: dict[str, object] = {"host": reached_here(host), "port": port, "pid": os.getpid()}
+    if trust is not None:
+        endpoint |= asdict(trust)
     write_durably(path, json.dumps(endpoint) + "\n")
     try:
         yield

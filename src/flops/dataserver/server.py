@@ -16,9 +16,11 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.core.dataset import Bounds, Fragment
+from flops.core.health import is_loopback
 from flops.dataserver.catalogue import Catalogue, Upload
 from flops.dataserver.endpoint import admin_token, announced, check_address
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.cluster_tls import key_and_certificate
 from flops.wire.flight import (
     AUTHORIZATION,
     SEALED,
@@ -41,6 +43,7 @@ from flops.wire.flight import (
     verify_token,
 )
 from flops.wire.keepalive import keep_connections_alive
+from flops.wire.server_trust import ServerTrust, split_trust
 
 STOP_GRACE_S = 5.0  # how long calls in progress may take when the server is asked to end
 _AUTHENTICATION = "authentication"
@@ -65,12 +68,13 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
         token: the admin token.
         host: address to listen on.
         port: port to listen on, 0 for a free one.
+        identity: key and certificate to show, PEM, beginning with the key; "" not to encrypt.
 
     Raises:
         FlopsError: ``port_occupied``, or ``config_invalid`` when the host is not an address of this machine.
     """
 
-    def __init__(self, catalogue: Catalogue, token: str, host: str, port: int) -> None:
+    def __init__(self, catalogue: Catalogue, token: str, host: str, port: int, identity: str = "") -> None:
         self._catalogue = catalogue
         self._actions: Mapping[Action, Callable[[Scope, bytes], Any]] = {
             Action.STATUS: self._status,
@@ -82,10 +86,16 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
             Action.SET_QUOTA: self._set_quota,
         }
         check_address(host, port)
-        location = flight.Location.for_grpc_tcp(f"[{host}]" if ":" in host else host, port)
+        make = flight.Location.for_grpc_tls if identity else flight.Location.for_grpc_tcp
+        location = make(f"[{host}]" if ":" in host else host, port)
+        certificates = [key_and_certificate(identity)] if identity else None
         try:
             # Requests can come in before this returns: everything they need is set above.
-            super().__init__(location, middleware={_AUTHENTICATION: _Authentication(token)})
+            super().__init__(
+                location,
+                tls_certificates=certificates,
+                middleware={_AUTHENTICATION: _Authentication(token)},
+            )
         except pa.ArrowException as exc:
             raise FlopsError(ErrorCode.PORT_OCCUPIED, f"Cannot listen on {host}:{port}: {exc}.") from exc
 
@@ -216,7 +226,14 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
         return self._catalogue.set_quota(_tag_in(raw), _bounds_in(raw)).model_dump(mode="json")
 
 
-def serve(catalogue: Catalogue, folder: Path, host: str, port: int) -> None:
+def serve(
+    catalogue: Catalogue,
+    folder: Path,
+    host: str,
+    port: int,
+    identity: str = "",
+    trust: ServerTrust | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT. The endpoint file is there as long as requests are answered.
 
     Args:
@@ -224,6 +241,8 @@ def serve(catalogue: Catalogue, folder: Path, host: str, port: int) -> None:
         folder: where token and endpoint are.
         host: address to listen on.
         port: port to listen on, 0 for a free one.
+        identity: see `DataServer`.
+        trust: what that is known by, for programs of this machine.
 
     Raises:
         FlopsError: ``port_occupied``, ``config_invalid``, ``config_corrupt``.
@@ -232,8 +251,10 @@ def serve(catalogue: Catalogue, folder: Path, host: str, port: int) -> None:
     is_asked_to_end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: is_asked_to_end.set())
-    server = DataServer(catalogue, admin_token(folder), host, port)
-    with announced(folder, host, server.port):
+    server = DataServer(catalogue, admin_token(folder), host, port, identity)
+    if not identity and not is_loopback(host):
+        _log.warning("The data server is open to other machines, without encryption.")
+    with announced(folder, host, server.port, trust):
         _log.info("The data server listens on %s:%d", host, server.port)
         is_asked_to_end.wait()
     # Shutting down waits for the calls in progress, also for a client that sends nothing any more. What it
@@ -261,7 +282,7 @@ class _Authentication(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # 
             for value in headers.get(AUTHORIZATION, []):
                 scheme, _, token = value.partition(" ")
                 if scheme.lower() == "bearer" and token:
-                    return _Authenticated(verify_token(self._token, token.strip()))
+                    return _Authenticated(verify_token(self._token, split_trust(token.strip())[0]))
             raise FlopsError(
                 ErrorCode.UNAUTHENTICATED,
                 "The call shows no token of this data server.",

@@ -19,11 +19,13 @@ from flops.durable_file import write_durably
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 from flops.node.backoff import Backoff
 from flops.ports import DataCatalog, Runtime
+from flops.wire import flight
 from flops.wire.flight import ENDPOINT_FILE
 
-DATA_SERVER = ServiceId("ml-data-server")
+DATA_SERVER = ServiceId(flight.DATA_SERVER)
 CHECK_INTERVAL_S = 2.0
 QUICK_CHECK_INTERVAL_S = 0.1  # while it starts
+CERTIFY_INTERVAL_S = 60.0  # how often is looked whether its certificate is to be renewed
 UNHEALTHY_AFTER_S = 20.0  # of starting
 _STOP_GRACE_S = 5.0
 _PORT_FILE = "port.json"  # the port it had, beside its data: devices know it
@@ -92,6 +94,8 @@ class DataServerPlan:
         folder: its state; it writes ``endpoint.json`` there when it is ready.
         host: address it listens on.
         port: port it should have; a free one is taken when another program has it.
+        certify: sees to the certificate that it shows, and says whether that is a new one; None where it
+            does not encrypt. Raises ``unreachable`` and others.
     """
 
     argv: tuple[str, ...]
@@ -99,6 +103,7 @@ class DataServerPlan:
     folder: Path
     host: str
     port: int
+    certify: Callable[[], bool] | None = None
 
 
 class DataServerAddon:
@@ -125,6 +130,7 @@ class DataServerAddon:
         self._pauses = Backoff(0.5, 30.0)
         self._start_at_s = 0.0
         self._started_at_s: float | None = None
+        self._certify_at_s = 0.0
         self._is_port_taken = False
         self._catalog: DataCatalog | None = None
         self._tags: tuple[DataTag, ...] = ()
@@ -158,10 +164,31 @@ class DataServerAddon:
             return QUICK_CHECK_INTERVAL_S
         if self._started_at_s is None:
             self._started_at_s = time.monotonic()  # an earlier daemon has started it
+        if self._renew():
+            return 0.0
         return self._ask()
+
+    def _renew(self) -> bool:
+        """Have the server end when it has a new certificate to show, which it reads when it starts."""
+        if self._plan.certify is None or time.monotonic() < self._certify_at_s:
+            return False
+        self._certify_at_s = time.monotonic() + CERTIFY_INTERVAL_S
+        try:
+            if not self._plan.certify():
+                return False
+        except FlopsError as error:
+            _log.warning("the certificate of the ML data server is not renewed: %s", error)
+            return False
+        self._set(AddonState.STARTING, "It starts again, with a new certificate.")
+        self._runtime.stop(DATA_SERVER, grace_s=_STOP_GRACE_S)
+        self._started_at_s = None
+        return True
 
     def _start(self) -> None:
         (self._plan.folder / ENDPOINT_FILE).unlink(missing_ok=True)
+        if self._plan.certify is not None:
+            self._plan.certify()
+            self._certify_at_s = time.monotonic() + CERTIFY_INTERVAL_S
         port = self._choose_port()
         self._plan.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         argv = (*self._plan.argv, "--port", str(port))

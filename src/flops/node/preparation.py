@@ -119,7 +119,7 @@ class Preparer:
         fetch: Callable[[Digest, Path], None],
         data_access: DataAccess,
         bring_image: Callable[[str, Report], str] | None = None,
-        certify: Callable[[ServiceId, Path], None] | None = None,
+        certify: Callable[[ServiceId, Path], object] | None = None,
     ) -> None:
         self.site = site
         self._environments = environments

@@ -22,11 +22,11 @@ from flops.core.admission import (
     check_peer,
     join_refused,
 )
-from flops.core.cluster import Service, ServiceKind
+from flops.core.cluster import LEARNER_ADDON, Service, ServiceKind
 from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.ports import Clock
-from flops.wire.flight import aggregator_name
+from flops.wire.flight import aggregator_name, data_server_name
 from flops.wire.join import JoinRequest, JoinToken
 
 SERVICE_LIFE_S = 90 * 86_400.0  # longer than a training: a server of streams takes no new one
@@ -191,6 +191,17 @@ class Admission:
                 hint="Certificates of services are for the node that runs them.",
             )
         name = aggregator_name(spec.project_id)
+        return self._authority.sign_service(request, name, self._clock.now_s(), SERVICE_LIFE_S)
+
+    def certify_data_server(self, peer: PeerCertificate | None, request: str) -> str:
+        """Sign a certificate for a node's ML data server, which devices dial.
+
+        Raises:
+            FlopsError: ``certificate_refused``, ``forbidden`` for a node that may not have one, ``usage``.
+        """
+        certificate = self.check(peer)
+        check_addons(certificate, {LEARNER_ADDON}, certificate.node_id)
+        name = data_server_name(certificate.node_id)
         return self._authority.sign_service(request, name, self._clock.now_s(), SERVICE_LIFE_S)
 
     def is_member(self, node_id: NodeId) -> bool:

@@ -20,6 +20,7 @@ from flops.core.cluster import Service, ServiceKind
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.admission import Admission
+from flops.wire.flight import DATA_SERVER
 from flops.wire.http_credentials import basic_credentials
 from flops.wire.join import (
     AUTHORITY_PATH,
@@ -102,8 +103,10 @@ class PortGuard:
             return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
         if (method, path) == ("POST", SERVICE_PATH):
             asked = await _read(ServiceCertificateRequest, scope, receive)
-            service = self._running(asked.service_id)
-            certify = functools.partial(self._admission.certify_service, peer, service, asked.signing_request)
+            certify = functools.partial(self._admission.certify_data_server, peer, asked.signing_request)
+            if asked.service_id != DATA_SERVER:
+                service, request = self._running(asked.service_id), asked.signing_request
+                certify = functools.partial(self._admission.certify_service, peer, service, request)
             return JSONResponse(CertificateSigned(certificate=await self._call(certify)).model_dump())
         if path not in _OPEN:
             await self._check(scope, peer)

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flops.adapters.certificates import FileAuthority
 from flops.data import DataClient
 from flops.testing.waiting import until
+from flops.wire.flight import IDENTITY_FILE, data_server_name
+from flops.wire.server_trust import ServerTrust, with_trust
 
 DEADLINE_S = 20.0
 
@@ -23,14 +26,23 @@ class ServerProcess:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.trust: ServerTrust | None = None  # what it is known by, once it has been given a certificate
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *options: str) -> None:
         """Start it, and wait until it can be found."""
         (self.folder / "endpoint.json").unlink(missing_ok=True)
         argv = [sys.executable, "-m", "flops.wiring", "data-server", "--dir", str(self.folder), "--port", "0"]
+        if self.trust is not None:
+            argv += ["--identity", str(self.folder / IDENTITY_FILE)]
         self.process = subprocess.Popen([*argv, *options], stderr=subprocess.DEVNULL)
         until((self.folder / "endpoint.json").exists, timeout_s=DEADLINE_S)
+
+    def encrypt(self, authority: FileAuthority, now_s: float, *, node_id: str = "n1") -> None:
+        """Give it a certificate as the node of an encrypting cluster has it; before `start`."""
+        name = data_server_name(node_id)
+        authority.keep_server_identity(self.folder / IDENTITY_FILE, name, now_s, 3_600.0)
+        self.trust = ServerTrust(name, authority.pem)
 
     @property
     def pid(self) -> int:
@@ -45,8 +57,8 @@ class ServerProcess:
 
     @property
     def token(self) -> str:
-        """Its own token, which may do everything."""
-        return (self.folder / "token").read_text().strip()
+        """Its own token, which may do everything, with what it is known by."""
+        return with_trust((self.folder / "token").read_text().strip(), self.trust)
 
     def client(self, token: str | None = None) -> DataClient:
         """A client with a token, its own if none is given."""

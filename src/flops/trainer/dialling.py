@@ -15,8 +15,9 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import DIRECTLY, aggregator_name, bearer
+from flops.wire.flight import aggregator_name, bearer
 from flops.wire.keepalive import keep_connections_alive
+from flops.wire.server_trust import ServerTrust, dial_options
 from flops.wire.training import DESCRIPTOR, HELLO, SCHEMA, Message, Stream
 
 LOST = (flight.FlightError, pa.ArrowException, EOFError, OSError)  # what a broken connection raises
@@ -38,14 +39,9 @@ class Dial:
 
     def _client(self) -> flight.FlightClient:
         """By TLS, the aggregator is known by its project's name, signed by the cluster, at any address."""
-        if not self.authority:
-            return flight.FlightClient(f"grpc://{self.address}", generic_options=DIRECTLY)
-        return flight.FlightClient(
-            f"grpc+tls://{self.address}",
-            tls_root_certs=self.authority.encode(),
-            override_hostname=aggregator_name(self.project_id),
-            generic_options=DIRECTLY,
-        )
+        trust = ServerTrust(aggregator_name(self.project_id), self.authority) if self.authority else None
+        location, options = dial_options(self.address, trust)
+        return flight.FlightClient(location, **options)
 
     @contextlib.contextmanager
     def connect(self, hello: dict[str, Any]) -> Iterator[Stream]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.cluster_tls import key_and_certificate
 from flops.wire.flight import AUTHORIZATION
 from flops.wire.keepalive import keep_connections_alive
 from flops.wire.training import (
@@ -363,7 +364,7 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow h
         self._serve = serve
         host, port, identity = where
         scheme = "grpc+tls" if identity else "grpc"
-        certificates = [_key_and_certificate(Path(identity))] if identity else None
+        certificates = [key_and_certificate(Path(identity).read_text(encoding="ascii"))] if identity else None
         super().__init__(
             f"{scheme}://{host}:{port}",
             tls_certificates=certificates,
@@ -373,12 +374,6 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow h
     def do_exchange(self, _context: Any, _descriptor: Any, reader: Any, writer: Any) -> None:
         writer.begin(SCHEMA)
         self._serve(Stream(reader, writer))
-
-
-def _key_and_certificate(path: Path) -> tuple[str, str]:
-    """The certificates in a file, and the private key that begins it."""
-    key, begin, certificates = path.read_text(encoding="ascii").partition("-----BEGIN CERTIFICATE-----")
-    return begin + certificates, key
 
 
 class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow has no types

@@ -185,3 +185,39 @@ def split_chain(pem: str) -> list[str]:
         "-----BEGIN CERTIFICATE-----" + part.split("-----BEGIN CERTIFICATE-----", 1)[1] + _PEM_END + "\n"
         for part in pem.split(_PEM_END)[:-1]
     ]
+
+
+def key_and_certificate(pem: str) -> tuple[str, str]:
+    """The certificates of a PEM text, and the private key that begins it, in the order that Flight wants."""
+    key, begin, certificates = pem.partition("-----BEGIN CERTIFICATE-----")
+    return begin + certificates, key
+
+
+def dialled_in_vain(
+    host: str, port: int, tls: ssl.SSLContext | None, name: str, expected: str, timeout_s: float
+) -> FlopsError | None:
+    """What of encryption kept a connection from being made; None when nothing did.
+
+    Args:
+        host: what was dialled.
+        port: likewise.
+        tls: how it was; None for in the clear.
+        name: that the other side should have had.
+        expected: who should have answered, for messages.
+        timeout_s: how long to look.
+    """
+    where = f"{host}:{port}"
+    if tls is None:
+        if not speaks_tls(host, port, timeout_s):
+            return None
+        return FlopsError(
+            ErrorCode.ENCRYPTION_MISMATCH, f"What answers at {where} encrypts, and was not told so."
+        )
+    try:
+        with (
+            socket.create_connection((host, port), timeout=timeout_s) as connection,
+            tls.wrap_socket(connection, server_hostname=name),
+        ):
+            return None
+    except OSError as exc:
+        return tls_problem(exc, where, expected=expected)

@@ -30,9 +30,12 @@ from typing import Any
 from flops.errors import ErrorCode, FlopsError
 
 DEFAULT_PORT = 11_027
-ENDPOINT_FILE = "endpoint.json"  # in the server's folder, when it is ready: {"host", "port", "pid"}
+# In the server's folder, when it is ready: {"host", "port", "pid"}, and "name", "authority" when it encrypts.
+ENDPOINT_FILE = "endpoint.json"
+IDENTITY_FILE = "identity.pem"  # there, too: its key and certificate, when it encrypts
 TOKEN_FILE = "token"  # noqa: S105 (a file name) in the server's folder: the admin token, 0600
 AUTHORIZATION = "authorization"
+DATA_SERVER = "ml-data-server"  # its id, among the services of its node
 DIRECTLY = (("grpc.enable_http_proxy", 0),)  # the environment's proxies do not lead to nodes
 SEALED = "sealed"  # second item of a DoPut's path: the upload ends with `seal`, or it is incomplete
 
@@ -42,6 +45,11 @@ _SUFFIX = ".parquet"
 _TOKEN_PREFIX = "flops1"  # noqa: S105 (names the token's format)
 _MESSAGE_LIMIT = 1_000  # characters; gRPC refuses a call's trailers above 8 KiB
 _DETAILS_LIMIT = 3_000
+
+
+def data_server_name(node_id: str) -> str:
+    """The name that a node's ML data server has in its certificate, at whatever address it is dialled."""
+    return f"{node_id}.data.flops.internal"
 
 
 def aggregator_name(project_id: str) -> str:

@@ -3,7 +3,8 @@
 The node asks ``GET /api/node/authority`` without trusting the answer, holds it against the fingerprint in its
 token, and only then sends `JoinRequest` to ``POST /api/node/join``, over TLS to that authority's cluster.
 ``POST /api/node/certificate`` with a `RenewalRequest` renews a certificate that is still good;
-``POST /api/node/service-certificate`` with a `ServiceCertificateRequest` makes one for an aggregator there.
+``POST /api/node/service-certificate`` with a `ServiceCertificateRequest` makes one for an aggregator
+there, or for the node's ML data server.
 """
 
 from __future__ import annotations

@@ -67,15 +67,15 @@ class Membership:
             self._renew()
         return dial_cluster(self.cluster, tls=self.tls)
 
-    def certify(self, service_id: ServiceId, path: Path) -> None:
-        """Write key and certificate of a service that others dial.
+    def certify(self, service_id: ServiceId, path: Path) -> bool:
+        """Write key and certificate of a service that others dial, unless good ones are there.
 
         Raises:
             FlopsError: see `certify_service`.
         """
         from flops.adapters.node_identity import certify_service
 
-        certify_service(self._paths.identity, self.cluster, service_id, path, self._clock.now_s())
+        return certify_service(self._paths.identity, self.cluster, service_id, path, self._clock.now_s())
 
     def must_redial(self) -> bool:
         """Whether it is time to renew the certificate."""

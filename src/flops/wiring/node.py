@@ -41,11 +41,20 @@ from flops.core.cluster import (
     ServiceKind,
     ServiceSpec,
 )
+from flops.core.ids import ServiceId
 from flops.core.platforms import Platform
 from flops.durable_file import remove_unfinished, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.log import JsonFormatter, configure_logging
-from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuilder, NodeAddon, endpoint_port
+from flops.node.addons import (
+    DATA_SERVER,
+    Addons,
+    DataServerAddon,
+    DataServerPlan,
+    ImageBuilder,
+    NodeAddon,
+    endpoint_port,
+)
 from flops.node.agent import NodeAgent
 from flops.node.bundles import BundleStore
 from flops.node.caches import NodeCaches
@@ -62,8 +71,9 @@ from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
 from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
-from flops.wire.flight import TOKEN_FILE, Right, Scope, mint_token
-from flops.wiring.data import open_data_catalog
+from flops.wire.flight import IDENTITY_FILE, TOKEN_FILE, Right, Scope, mint_token
+from flops.wire.server_trust import with_trust
+from flops.wiring.data import open_data_catalog, server_trust
 from flops.wiring.membership import Membership
 from flops.wiring.node_files import container_socket, node_build_tools, node_conf_file, node_paths
 from flops.wiring.registries import ClusterRegistry, open_registry
@@ -170,7 +180,8 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     membership = Membership(paths, conf, clock)
     node_id, tls = membership.node_id, membership.tls
     address = host.address()
-    addons = _build_addons(paths, conf, address, addon_runtime, parts.open_catalog)
+    certify = membership.certify if membership.authority else None
+    addons = _build_addons(paths, conf, address, addon_runtime, parts.open_catalog, certify)
     blobs_url = _blobs_url(paths, conf)
     site = NodeSite(
         name=name,
@@ -190,7 +201,6 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
     image_blobs = FileBlobs(paths.images, is_oci_layout=True)
     images = _open_images(paths, image_blobs, conf.cluster, tls) if conf.prefers_containers else None
     bring_image = images.bring if images is not None else None
-    certify = membership.certify if membership.authority else None
     preparer = Preparer(site, parts.environments, bundles, fetch, access, bring_image, certify)
     supervisor = Supervisor(paths.services, preparer, services, [gpu.number for gpu in gpus])
     view = NodeView(
@@ -305,17 +315,20 @@ def _build_addons(
     address: str,
     runtime: Runtime,
     open_catalog: Callable[[Path], DataCatalog],
+    certify: Callable[[ServiceId, Path], bool] | None,
 ) -> Addons:
     addons: list[NodeAddon] = []
     if LEARNER_ADDON in conf.active_addons:
         host = address if address.startswith("127.") else "0.0.0.0"  # noqa: S104 (devices send data here)
+        identity = paths.data_server / IDENTITY_FILE
         argv = (sys.executable, "-m", "flops.wiring", "data-server", "--dir", str(paths.data_server))
         plan = DataServerPlan(
-            argv=(*argv, "--host", host),
+            argv=(*argv, "--host", host, *(("--identity", str(identity)) if certify is not None else ())),
             env=service_environment(inherited_environment(), Resources()),
             folder=paths.data_server,
             host=host,
             port=NodeSettings.read().data_port,
+            certify=None if certify is None else functools.partial(certify, DATA_SERVER, identity),
         )
         addons.append(DataServerAddon(LEARNER_ADDON, plan, runtime, open_catalog))
     else:
@@ -343,7 +356,7 @@ def _data_access(folder: Path, address: str) -> Callable[[ServiceSpec], tuple[st
             token = ""
         if not port or not token:
             raise FlopsError(ErrorCode.UNREACHABLE, "The ML data server of this node is not ready.")
-        return f"{address}:{port}", mint_token(token, scope)
+        return f"{address}:{port}", with_trust(mint_token(token, scope), server_trust(folder))
 
     return access
 

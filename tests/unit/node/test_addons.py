@@ -24,6 +24,7 @@ from flops.core.cluster import (
 from flops.core.ids import ServiceId
 from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
+from flops.node import addons
 from flops.node.addons import Addons, DataServerAddon, DataServerPlan, ImageBuilder
 
 EQUIPPED = BuildTools(platform=Platform.AMD64, python="3.11", base_python="3.11")
@@ -95,8 +96,8 @@ def server(tmp_path: Path) -> PlayedServer:
     return PlayedServer(tmp_path)
 
 
-def make_addon(server: PlayedServer, port: int) -> DataServerAddon:
-    plan = DataServerPlan(argv=("server",), env={}, folder=server.folder, host="127.0.0.1", port=port)
+def make_addon(server: PlayedServer, port: int, certify: Callable[[], bool] | None = None) -> DataServerAddon:
+    plan = DataServerPlan(("server",), {}, server.folder, "127.0.0.1", port, certify)
     return DataServerAddon("FLOps-learner", plan, server, lambda _folder: server)
 
 
@@ -208,6 +209,48 @@ def test_a_server_that_cannot_be_started_is_unhealthy_and_tried_again(server: Pl
     assert check_until(addon, lambda a: a.state is AddonState.UNHEALTHY).detail == "no space"
     server.problem = None
     check_until(addon, is_healthy)
+
+
+def test_a_server_starts_with_a_certificate_or_not_at_all(server: PlayedServer) -> None:
+    answers = [FlopsError(ErrorCode.UNREACHABLE, "no cluster"), True]
+
+    def certify() -> bool:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, FlopsError):
+            raise answer
+        return answer
+
+    addon = make_addon(server, free_port(), certify)
+    addon.check()
+    assert (addon.state().state, addon.state().detail) == (AddonState.UNHEALTHY, "no cluster")
+    assert server.starts == []
+    check_until(addon, is_healthy)
+    assert len(server.starts) == 1
+
+
+def test_a_server_starts_again_when_its_certificate_is_renewed(
+    server: PlayedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addons, "CERTIFY_INTERVAL_S", 0.0)
+    answers: list[bool | FlopsError] = [True]
+
+    def certify() -> bool:
+        answer = answers.pop(0) if answers else False
+        if isinstance(answer, FlopsError):
+            raise answer
+        return answer
+
+    addon = make_addon(server, free_port(), certify)
+    check_until(addon, is_healthy)
+    assert len(server.starts) == 1
+    answers.append(FlopsError(ErrorCode.UNREACHABLE, "no cluster"))  # the present one is good for long
+    assert addon.check() > 0
+    assert is_healthy(addon.state())
+    answers.append(True)
+    addon.check()
+    assert (addon.state().state, server.is_running) == (AddonState.STARTING, False)
+    check_until(addon, is_healthy)
+    assert len(server.starts) == 2
 
 
 def test_tools_of_the_image_builder() -> None:
