@@ -172,6 +172,10 @@ class ImageRecipe:
 class BaseImages(Protocol):
     """What images are put on."""
 
+    def foreseen(self, platform: Platform) -> BaseImage | None:
+        """The base for a platform without its layers, if all else is known before it is made."""
+        ...
+
     def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
         """The base for a platform; its layers are in `blobs`, whole.
 

@@ -85,9 +85,14 @@ class HandMadeBase:
     def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
         """The base for a platform."""
         report(f"The base for {platform} is made by hand.")
+        layers = (make_layer(blobs, "/usr/bin/python3"), make_layer(blobs, platform.architecture))
+        return self.foreseen(platform).model_copy(update={"layers": layers})
+
+    def foreseen(self, platform: Platform) -> BaseImage:
+        """The base without its layers."""
         return BaseImage(
             platform=platform,
-            layers=(make_layer(blobs, "/usr/bin/python3"), make_layer(blobs, platform.architecture)),
+            layers=(),
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
             interpreter="/usr/bin/python3",
             env={"PATH": "/usr/bin", "LANG": "C.UTF-8"},

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextvars
 import hashlib
 import re
 import shutil
-import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
+from flops.adapters.images.at_once import at_once
 from flops.adapters.images.bytecode import compile_modules
 from flops.adapters.images.dependency_layer import ENVIRONMENT, Locked, dependency_layer
 from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.uv_program import UvProgram
-from flops.command import StoppedError, stopped_when
 from flops.core.images import (
     CONFIG,
     INDEX,
@@ -76,38 +75,25 @@ class OciAssembler:
         Raises:
             FlopsError: see `flops.image_ports.ImageAssembler.assemble`.
         """
-        has_failed = threading.Event()
-
-        def image(platform: Platform) -> Descriptor:
-            try:
-                with stopped_when(has_failed.is_set):
-                    return self._image(recipe, platform, report)
-            except BaseException:
-                has_failed.set()
-                raise
-
-        with ThreadPoolExecutor(max(1, len(recipe.platforms))) as pool:
-            made = [
-                pool.submit(contextvars.copy_context().run, image, platform) for platform in recipe.platforms
-            ]
-        images = [each.result() for each in sorted(made, key=_is_stopped)]  # what stopped the others first
+        images = at_once([partial(self._image, recipe, each, report) for each in recipe.platforms])
         return self._store(index_bytes(images), INDEX)
 
     def _image(self, recipe: ImageRecipe, platform: Platform, report: Report) -> Descriptor:
-        base = self._bases.base(platform, self._blobs, report)
-        layers = list(base.layers)
+        foreseen = self._bases.foreseen(platform)
+        base = foreseen or self._bases.base(platform, self._blobs, report)
         locks = {**({ENVIRONMENT: recipe.lock} if recipe.lock else {}), **recipe.environments}
+        works: list[Callable[[], Sequence[Layer]]] = []
+        if foreseen is not None:
+            works.append(lambda: self._bases.base(platform, self._blobs, report).layers)
         for path, lock in locks.items():
             _check_python(lock, base)
-            locked = Locked(path, lock)
-            layers.append(
-                dependency_layer(
-                    self._cache, self._uv, base, locked, self._build_timeout_s, report, self._site
-                )
-            )
+            works.append(partial(self._environment_layer, Locked(path, lock), base, report))
         if recipe.modules:
-            layers.append(self._layer("the modules it needs", {}, recipe.modules, base.python, report))
-        layers.append(self._layer("the code", recipe.files, recipe.folders, base.python, report))
+            works.append(
+                partial(self._layer, "the modules it needs", {}, recipe.modules, base.python, report)
+            )
+        works.append(partial(self._layer, "the code", recipe.files, recipe.folders, base.python, report))
+        layers = [*base.layers, *chain.from_iterable(at_once(works))]
         run = recipe.run.model_copy(
             update={
                 "env": {**_environment(base, locks), **recipe.run.env},
@@ -118,6 +104,12 @@ class OciAssembler:
         manifest = manifest_bytes(config, [layer.blob for layer in layers])
         return self._store(manifest, MANIFEST, platform)
 
+    def _environment_layer(self, locked: Locked, base: BaseImage, report: Report) -> tuple[Layer]:
+        layer = dependency_layer(
+            self._cache, self._uv, base, locked, self._build_timeout_s, report, self._site
+        )
+        return (layer,)
+
     def _layer(
         self,
         of: str,
@@ -125,7 +117,7 @@ class OciAssembler:
         folders: Mapping[str, Path],
         python: str,
         report: Report,
-    ) -> Layer:
+    ) -> tuple[Layer]:
         """A layer of files, the same for all platforms; named by its content, it is made once."""
         what = f"The layer of {of}"
         files = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
@@ -148,15 +140,11 @@ class OciAssembler:
             return pack_layer(root, self._blobs, f"{len(files)} files of {of}")
 
         key = key_of("code", python, *(f"{path}\0{digest}" for path, digest in sorted(files.items())))
-        return self._cache.layer(key, what, make, report)
+        return (self._cache.layer(key, what, make, report),)
 
     def _store(self, data: bytes, media_type: str, platform: str = "") -> Descriptor:
         digest = self._blobs.put(data)
         return Descriptor(media_type=media_type, digest=digest, size=len(data), platform=platform)
-
-
-def _is_stopped(image: Future[Descriptor]) -> bool:
-    return isinstance(image.exception(), StoppedError)
 
 
 def _check_python(lock: str, base: BaseImage) -> None:

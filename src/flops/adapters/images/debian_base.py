@@ -113,11 +113,11 @@ class DebianBase:
         """Whether this machine has all that is needed."""
         return not DebianBase.missing()
 
-    def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
-        """The base for a platform.
+    def foreseen(self, platform: Platform) -> BaseImage:
+        """The base without its layers.
 
         Raises:
-            FlopsError: ``image_build_failed``, ``unreachable``, ``timeout``, ``disk_full``.
+            FlopsError: ``image_build_failed`` for an unknown suite.
         """
         python = _PYTHON_OF.get(self._suite)
         if python is None:
@@ -125,6 +125,22 @@ class DebianBase:
                 ErrorCode.IMAGE_BUILD_FAILED,
                 f"It is not known which Python Debian {self._suite} has; known are {', '.join(_PYTHON_OF)}.",
             )
+        return BaseImage(
+            platform=platform,
+            layers=(),
+            python=python,
+            interpreter=f"/usr/bin/python{python}",
+            env=_ENV,
+        )
+
+    def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
+        """The base for a platform.
+
+        Raises:
+            FlopsError: ``image_build_failed``, ``unreachable``, ``timeout``, ``disk_full``.
+        """
+        base = self.foreseen(platform)
+        python = base.python
         what = f"The base of Debian {self._suite} for {platform}"
 
         def make(notes: Path, descriptor: int) -> Layer:
@@ -146,13 +162,7 @@ class DebianBase:
 
         key = key_of("debian", self._suite, self._mirror, platform, *_PACKAGES)
         layer = LayerCache(self._root, blobs).layer(key, what, make, report)
-        return BaseImage(
-            platform=platform,
-            layers=(layer,),
-            python=python,
-            interpreter=f"/usr/bin/python{python}",
-            env=_ENV,
-        )
+        return base.model_copy(update={"layers": (layer,)})
 
     def _unpack_packages(self, platform: Platform, archive: Path, descriptor: int) -> None:
         # Owners are not kept, so others than root need no user namespace, which many machines forbid.

@@ -88,7 +88,7 @@ class LayerCache:
             with self._exclusive(key, what, report) as descriptor:
                 if (found := self._find(kind, key, what, report)) is not None:
                     return found
-                self._sweep()
+                self._sweep(key)
                 with tempfile.TemporaryDirectory(
                     dir=self._root, prefix=f"{key}-", ignore_cleanup_errors=True
                 ) as notes:
@@ -122,12 +122,12 @@ class LayerCache:
                     time.sleep(_LOCK_POLL_S)
             yield file.fileno()
 
-    def _sweep(self) -> None:
-        """Remove notes of builds that were killed."""
+    def _sweep(self, held: str) -> None:
+        """Remove notes of builds that were killed, also those of the key whose lock is held here."""
         for path in self._root.iterdir():
             if (found := _NOTES.fullmatch(path.name)) is not None:
                 with (self._root / f"{found['key']}.lock").open("ab") as file:
-                    if _try_lock(file.fileno()):
+                    if found["key"] == held or _try_lock(file.fileno()):
                         shutil.rmtree(path, ignore_errors=True)
 
 

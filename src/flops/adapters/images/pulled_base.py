@@ -39,6 +39,10 @@ class PulledBase:
         self._registry = registry
         self._reference = reference
 
+    def foreseen(self, _platform: Platform) -> BaseImage | None:
+        """None: its Python is found in its layers."""
+        return None
+
     def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
         """The base for a platform.
 

@@ -45,6 +45,7 @@ class BaseImagesContract:
     ) -> None:
         base = bases.base(platform, blobs, _ignore)
         assert base.platform is platform
+        assert bases.foreseen(platform) in (None, base.model_copy(update={"layers": ()}))
         assert re.fullmatch(r"3\.\d+", base.python)
         assert base.interpreter in files_of(blobs, base)
         assert all(blobs.size(layer.blob.digest) == layer.blob.size for layer in base.layers)
