@@ -24,6 +24,7 @@ import numpy as np
 from flops.core.project import Round
 from flops.core.rounds import best_round
 from flops.durable_file import file_error, sync_folder, write_durably
+from flops.errors import FlopsError
 from flops.trainer.ml_repo import named_parameters, read_parameters
 from flops.wire.training import Array
 
@@ -45,6 +46,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._prepared: Sequence[Array] | None = None  # whose files are written
 
     def load(self) -> Checkpoint | None:
         """The last checkpoint; None when no round was finished."""
@@ -65,6 +67,15 @@ class CheckpointStore:
         """The file with the parameters after a round, the last or the best one."""
         return self._folder / f"round-{number}.npz"
 
+    def prepare(self, number: int, parameters: Sequence[Array], strategy_state: Mapping[str, Array]) -> None:
+        """Write what takes long of a round that is not finished yet, which does not count before `save`.
+
+        What goes wrong is not told: `save` does it again.
+        """
+        with contextlib.suppress(FlopsError):
+            self._write_files(number, parameters, strategy_state)
+            self._prepared = parameters
+
     def save(
         self,
         parameters: Sequence[Array],
@@ -84,16 +95,26 @@ class CheckpointStore:
             FlopsError: ``disk_full``, ``file_unreadable``.
         """
         number = history[-1].number
+        if self._prepared is not parameters:
+            self._write_files(number, parameters, strategy_state)
+        self._prepared = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._write(self.parameters_file(number), named_parameters(parameters))
-            if strategy_state:
-                self._write(self._folder / f"strategy-{number}.npz", strategy_state)
             self._append(history)
         except OSError as exc:
             raise file_error(exc, self._folder) from exc
         write_durably(self._folder / _STATE, json.dumps({"round": number, "origin": origin}))
         self._drop_all_but(history)
+
+    def _write_files(
+        self, number: int, parameters: Sequence[Array], strategy_state: Mapping[str, Array]
+    ) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write(self.parameters_file(number), named_parameters(parameters))
+            if strategy_state:
+                self._write(self._folder / f"strategy-{number}.npz", strategy_state)
+        except OSError as exc:
+            raise file_error(exc, self._folder) from exc
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
         temporary = path.with_suffix(".tmp")

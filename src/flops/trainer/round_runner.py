@@ -103,8 +103,18 @@ class RoundRunner:
         self._on_start = on_start
         self._on_failure = on_failure
 
-    def run(self, number: int, parameters: list[Array]) -> FinishedRound:
+    def run(
+        self,
+        number: int,
+        parameters: list[Array],
+        on_aggregated: Callable[[list[Array]], None] = lambda _: None,
+    ) -> FinishedRound:
         """Run a round from these global parameters.
+
+        Args:
+            number: of the round.
+            parameters: to go out from.
+            on_aggregated: is given the new ones before they are evaluated.
 
         Raises:
             FlopsError: ``user_code_failed``, ``too_few_learners``, ``round_failed``, ``aggregation_failed``.
@@ -112,6 +122,7 @@ class RoundRunner:
         started = time.monotonic()
         self._on_start(number, [link.learner for link in self._server.idle()])
         aggregated, trained, left_out = self._train(number, parameters)
+        on_aggregated(aggregated)
         evaluation = self.evaluate(number, aggregated)
         metrics = dict(evaluation.metrics)
         record = Round(

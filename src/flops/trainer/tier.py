@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flops.actor import ActorContext, EventLog
@@ -100,7 +101,12 @@ class Tier:
         Raises:
             FlopsError: why there is no result.
         """
-        finished = self.runner.run(number, parameters)
+        with ThreadPoolExecutor(1, "checkpoint") as writer:  # writes while learners evaluate
+
+            def prepare(aggregated: list[Array]) -> None:
+                writer.submit(self.store.prepare, number, aggregated, self._strategy.state())
+
+            finished = self.runner.run(number, parameters, prepare)
         if not finished.evaluated_rows and self._config.parent is None:
             raise _nothing_evaluated(number)
         self.history.append(finished.record)

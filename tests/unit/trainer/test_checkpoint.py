@@ -54,6 +54,35 @@ def test_only_the_last_and_the_best_parameters_are_kept(tmp_path: Path) -> None:
         assert best.files == ["0", "1"]
 
 
+def test_what_is_prepared_counts_when_it_is_saved_and_is_not_written_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    records = history(0.1, 0.5)
+    save(store, records[:1])
+    parameters, state = [np.full(3, 2.0)], {"m_t/0": np.array([2.0])}
+    store.prepare(2, parameters, state)
+    before = CheckpointStore(tmp_path).load()
+    assert before is not None
+    assert before.history == tuple(records[:1])
+    files = {path: path.stat().st_ino for path in tmp_path.glob("*-2.npz")}
+    assert len(files) == 2
+    store.save(parameters, state, records)
+    assert {path: path.stat().st_ino for path in files} == files
+    after = CheckpointStore(tmp_path).load()
+    assert after is not None
+    assert after.history == tuple(records)
+    np.testing.assert_array_equal(after.parameters[0], [2, 2, 2])
+    np.testing.assert_array_equal(after.strategy_state["m_t/0"], [2])
+
+
+def test_other_parameters_than_the_prepared_ones_are_written(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.prepare(1, [np.zeros(3)], {})
+    save(store, history(0.1))
+    found = store.load()
+    assert found is not None
+    np.testing.assert_array_equal(found.parameters[0], [1, 1, 1])
+
+
 def test_torn_lines_and_rounds_that_were_not_finished_do_not_count(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     records = history(0.1, 0.5)
@@ -80,7 +109,10 @@ history = list(done.history) if done else []
 while True:
     number = len(history) + 1
     history.append(Round(number=number, accuracy=1 / number))
-    store.save([np.full(20_000, float(number))], {"m/0": np.full(20_000, float(number))}, history)
+    parameters, state = [np.full(20_000, float(number))], {"m/0": np.full(20_000, float(number))}
+    if number % 2:
+        store.prepare(number, parameters, state)
+    store.save(parameters, state, history)
     print(number, flush=True)
 """
     told = 0
@@ -113,7 +145,10 @@ while True:
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     (tmp_path / "round-1.tmp").symlink_to("/dev/full")
+    parameters = [np.ones(3)]
+    store.prepare(1, parameters, {})
+    (tmp_path / "round-1.tmp").symlink_to("/dev/full")  # a failed write removes it
     with pytest.raises(FlopsError) as caught:
-        save(store, history(0.1))
+        store.save(parameters, {}, history(0.1))
     assert caught.value.code is ErrorCode.DISK_FULL
     assert store.load() is None
