@@ -7,17 +7,22 @@ measuring, one run of each after the other, and the table tells ratios.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from flops.adapters.mlflow_server import MlflowServer
+from flops.settings import inherited_environment
 
 _PACKAGES = ("flops", "flwr", "mlflow", "numpy", "pyarrow")
 
@@ -96,6 +101,19 @@ class Report:
         for note in notes:
             print(f"\n{note}")
         print(f"\n{json.dumps({'benchmark': self._name, 'machine': found, 'rows': self._figures})}")
+
+
+@contextlib.contextmanager
+def tracking_server() -> Iterator[str]:
+    """The address of an MLflow server that runs meanwhile, as a control plane runs it."""
+    with tempfile.TemporaryDirectory(prefix="flops-bench-mlflow-") as folder:
+        server = MlflowServer(Path(folder), 0, inherited_environment())
+        server.start()
+        try:
+            server.wait_ready()
+            yield server.url
+        finally:
+            server.stop()
 
 
 def machine() -> dict[str, Any]:

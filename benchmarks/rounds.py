@@ -2,9 +2,10 @@
 
 Run from the root of the repository: ``.venv/bin/python benchmarks/rounds.py``, or ``make bench-rounds``.
 Aggregator and learners are real processes on one machine; the learners' code does next to nothing, so that
-nearly all of a round is FLOps: parameters to all learners, theirs back, their mean, the checkpoint,
-parameters out again to be evaluated, and the events. Rounds are tracked in MLflow meanwhile. The time of a
-round is that from one round's end to the next's, without the slowest learner's fit and evaluation.
+nearly all of a round is FLOps: parameters to all learners to be evaluated and trained, theirs back, their
+mean, the checkpoint, and the events. Rounds are tracked in MLflow meanwhile, by a server on the same machine.
+The time of a round is that from one round's end to the next's, without the slowest learner's fit and
+evaluation.
 
 The limit moves the same bytes over loopback, to each learner and back, and adds each answer up once: no
 round can be faster. After ``make peers`` the same model is trained by Flower's simulation, by Flower's
@@ -24,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from harness import Figure, Report, alternate, arguments, timed
+from harness import Figure, Report, alternate, arguments, timed, tracking_server
 
 from flops.testing.training_stage import AGGREGATOR, TrainingStage
 
@@ -61,7 +62,7 @@ class ModelManager(ModelManagerTemplate):
 """
 
 
-def flops_round_s(learners: int, size: int, rounds: int) -> float:
+def flops_round_s(tracking_uri: str, learners: int, size: int, rounds: int) -> float:
     """Seconds of a round, without the first one and without the slowest learner's own work."""
     with tempfile.TemporaryDirectory(prefix="flops-bench-") as folder:
         stage = TrainingStage(Path(folder))
@@ -70,7 +71,7 @@ def flops_round_s(learners: int, size: int, rounds: int) -> float:
             config = stage.config(
                 learners=learners,
                 rounds=rounds,
-                tracking_uri=f"sqlite:///{folder}/mlflow.db",
+                tracking_uri=tracking_uri,
                 round_timeout_s=300.0,
             )
             context = stage.aggregator_context(config, repo)
@@ -164,33 +165,34 @@ def main() -> None:
     if options.smoke:
         cases, runs, rounds = [(2, 10_000)], 1, 3
     report = Report("rounds", ("learners", "parameters", "FLOps, s", "limit, s", "FLOps / limit", *PEERS))
-    for learners, size in cases:
-        own_rounds = rounds if size < 25_000_000 else 5
-        works: dict[str, Callable[[], float]] = {
-            "flops": partial(flops_round_s, learners, size, own_rounds),
-            "limit": partial(limit_s, learners, size),
-        }
-        found = alternate(works, runs)
-        peers = {
-            peer: Figure.of([peer_round_s(peer, learners, size, 3)])
-            for peer in PEERS
-            if has_peers and (learners, size) in PEER_CASES
-        }
-        own, limit = found["flops"], found["limit"]
-        report.add(
-            [
-                str(learners),
-                f"{size:,}",
-                own.text(),
-                limit.text(),
-                f"{own.median / limit.median:.1f}",
-                *(_against(peers[peer], own) if peer in peers else "" for peer in PEERS),
-            ],
-            learners=learners,
-            parameters=size,
-            **found,
-            **peers,
-        )
+    with tracking_server() as uri:
+        for learners, size in cases:
+            own_rounds = rounds if size < 25_000_000 else 5
+            works: dict[str, Callable[[], float]] = {
+                "flops": partial(flops_round_s, uri, learners, size, own_rounds),
+                "limit": partial(limit_s, learners, size),
+            }
+            found = alternate(works, runs)
+            peers = {
+                peer: Figure.of([peer_round_s(peer, learners, size, 3)])
+                for peer in PEERS
+                if has_peers and (learners, size) in PEER_CASES
+            }
+            own, limit = found["flops"], found["limit"]
+            report.add(
+                [
+                    str(learners),
+                    f"{size:,}",
+                    own.text(),
+                    limit.text(),
+                    f"{own.median / limit.median:.1f}",
+                    *(_against(peers[peer], own) if peer in peers else "" for peer in PEERS),
+                ],
+                learners=learners,
+                parameters=size,
+                **found,
+                **peers,
+            )
     report.print(*([] if has_peers else ["Without peers: `make peers` installs them."]))
 
 
