@@ -26,6 +26,8 @@ import pyarrow.parquet as pq
 from harness import Figure, Report, alternate, arguments, timed
 
 from flops.testing.data_server import ServerProcess
+from flops_utils.local_data import DataSource, use_source
+from flops_utils.ml_repo_building_blocks import load_table
 
 MB = 1_000_000
 COLUMNS = 64
@@ -126,11 +128,15 @@ def measure_ingest(
 
 
 def measure_reading(report: Report, folder: Path, table: pa.Table, parts: int, runs: int) -> None:
-    """Add a row on reading a tag."""
+    """Add rows on reading a tag, as learners in processes do, and through the server."""
     step = -(-table.num_rows // parts)
     with Server(folder / "reading") as server, server.client() as client:
         for start in range(0, table.num_rows, step):
             client.push(table.slice(start, step), "t")
+
+        def load() -> None:
+            use_source(DataSource(server.address, server.token, ("t",)))
+            assert load_table().num_rows == table.num_rows
 
         def read() -> None:
             schema, batches = client.stream("t")
@@ -141,13 +147,14 @@ def measure_reading(report: Report, folder: Path, table: pa.Table, parts: int, r
             assert found.num_rows == table.num_rows
 
         read()
-        works = {"flops": lambda: timed(read), "pyarrow": lambda: timed(plain)}
+        kinds = {"by a learner on the node": load, "through the server": read}
+        works = {name: partial(timed, work) for name, work in {**kinds, "pyarrow": plain}.items()}
         with server.peak_memory() as peak:
             found = alternate(works, runs)
-    name = f"read {parts} fragments"
-    add_rates(
-        report, name, f"{table.nbytes / MB:.0f} MB", table.nbytes, (found["flops"], found["pyarrow"]), peak[0]
-    )
+    what, size = f"{table.nbytes / MB:.0f} MB", table.nbytes
+    for kind in kinds:
+        name = f"read {parts} fragments, {kind}"
+        add_rates(report, name, what, size, (found[kind], found["pyarrow"]), peak[0])
 
 
 def add_rates(

@@ -64,6 +64,10 @@ class FragmentStore(Protocol):
         """
         ...
 
+    def path(self, fragment: Fragment) -> str:
+        """The Parquet file of a fragment, "" where there is none."""
+        ...
+
     def read(self, fragment: Fragment) -> Iterator[Any]:
         """The rows in batches of a few MB at most, unless a single row is larger.
 

@@ -5,16 +5,15 @@ Both functions take no arguments and work inside a learner only. The data never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import Query, bearer, parse_error, ticket_for
-from flops.wire.server_trust import dial_options, split_trust
-from flops_utils.local_data import DataSource, current_source, note_arrival, note_rows
+from flops.wire.flight import parse_error
+from flops_utils.local_data import DataSource, current_source, note_rows
+from flops_utils.local_rows import read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +36,7 @@ def load_table() -> pa.Table:
             hint="Only ModelManager.set_model_data() may load data: the aggregator has none.",
         )
     try:
-        table = _read(source)
+        table = read_rows(source)
     except (flight.FlightError, pa.ArrowException, OSError) as exc:
         error = parse_error(str(exc)) or FlopsError(
             ErrorCode.UNREACHABLE,
@@ -74,23 +73,6 @@ def load_dataset() -> Dataset:
             return found[:] if isinstance(key, str) and type(found).__name__ == "Column" else found
 
     return WholeColumns(load_table()).with_format("arrow")
-
-
-def _read(source: DataSource) -> pa.Table:
-    query = Query(source.data_tags, source.part, source.parts)
-    token, trust = split_trust(source.token)
-    location, dial = dial_options(source.address, trust)
-    with flight.FlightClient(location, **dial) as client:
-        options = flight.FlightCallOptions(headers=[bearer(token)])
-        batches = client.do_get(flight.Ticket(ticket_for(query)), options).to_reader()
-        return pa.Table.from_batches(_counted(batches), schema=batches.schema)
-
-
-def _counted(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches as they come; each shows that the loading goes on."""
-    for batch in batches:
-        note_arrival(batch.num_rows)
-        yield batch
 
 
 def _stranger(source: DataSource) -> FlopsError:

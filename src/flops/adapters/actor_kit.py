@@ -24,6 +24,8 @@ KIT_MODULES = (
     "flops.wire.flight",
     "flops.wire.keepalive",
     "flops.wire.server_trust",
+    "flops.wire.row_batches",
+    "flops.wire.tag_schema",
     "flops.trainer",
     "flops.trainer.dialling",
     "flops.trainer.learner",

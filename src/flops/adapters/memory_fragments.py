@@ -35,6 +35,10 @@ class MemoryFragments:
     def settle(self, tag: str) -> None:
         """Nothing to do."""
 
+    def path(self, fragment: Fragment) -> str:
+        """There is no file."""
+        return ""
+
     def read(self, fragment: Fragment) -> Iterator[Any]:
         """The rows, in the batches they came in.
 

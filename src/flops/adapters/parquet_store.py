@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from flops.core.dataset import Damage, Fragment, TagLimits
 from flops.durable_file import SharedSync, file_error, sync_folder, write_durably
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.flight import TAGS_FOLDER
 
 ROW_GROUP_BYTES = 16 * 1_048_576  # of values in memory: what an upload and a reader hold at once
 ROW_GROUP_ROWS = 1_048_576
@@ -53,7 +54,7 @@ class ParquetStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._tags = folder / "tags"
+        self._tags = folder / TAGS_FOLDER
         self._incoming = folder / "incoming"
         self._damaged = folder / "damaged"
         self._numbers = itertools.count()
@@ -103,6 +104,10 @@ class ParquetStore:
         folder = self._tags / tag
         with _translated(folder):
             self._syncs.setdefault(tag, SharedSync(partial(sync_folder, folder))).wait()
+
+    def path(self, fragment: Fragment) -> str:
+        """The Parquet file of a fragment."""
+        return str(self._path_of(fragment).absolute())
 
     def read(self, fragment: Fragment) -> Iterator[Any]:
         """The rows in batches of a few MB at most, unless a single row is larger.

@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from flops.core.cluster import DataTag
 from flops.core.dataset import Bounds, Fragment, Stored, TagDescription, TagLimits, fragments_to_drop
-from flops.dataserver.rows import merge_small, rows_of_part
 from flops.dataserver.statistics import scan
 from flops.dataserver.tag import Tag
 from flops.errors import ErrorCode, FlopsError
 from flops.fragment_ports import FragmentStore, FragmentUpload
 from flops.wire.content_digest import ContentDigest
-from flops.wire.flight import Query, UploadName, fragment_name
+from flops.wire.flight import Query, RowFile, UploadName, fragment_name
+from flops.wire.row_batches import merge_small, rows_of_part
 from flops.wire.tag_schema import check_fit, conform, metadata_of, storable_schema
 
 _log = logging.getLogger(__name__)
@@ -127,12 +127,17 @@ class Catalogue:
             FlopsError: ``tag_not_found`` when no tag has data; ``schema_mismatch`` when the tags do not fit.
         """
         schema = self.schema(query.data_tags)
-        fragments = [
-            (position, fragment)
-            for position, name in enumerate(sorted(query.data_tags))
-            for fragment, _ in self.fragments([name])
-        ]
-        return schema, merge_small(self._rows(fragments, query, schema))
+        return schema, merge_small(self._rows(self._asked_for(query), query, schema))
+
+    def locate(self, query: Query) -> tuple[pa.Schema, list[RowFile]]:
+        """Where the rows are that `read` would give, for readers on this node.
+
+        Raises:
+            FlopsError: ``tag_not_found`` when no tag has data; ``schema_mismatch`` when the tags do not fit.
+        """
+        schema = self.schema(query.data_tags)
+        files = [RowFile(self._store.path(f), row, f.rows) for row, f in self._asked_for(query)]
+        return schema, files
 
     def read_fragment(self, name: UploadName) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """All rows of one fragment.
@@ -196,11 +201,19 @@ class Catalogue:
                 remove(self._store, tag, excess)
         return limits
 
+    def _asked_for(self, query: Query) -> list[tuple[int, Fragment]]:
+        """Fragments with the numbers of their first rows, by which rows belong to parts."""
+        return [
+            (fragment.first_row + position, fragment)
+            for position, name in enumerate(sorted(query.data_tags))
+            for fragment, _ in self.fragments([name])
+        ]
+
     def _rows(
         self, fragments: list[tuple[int, Fragment]], query: Query, schema: pa.Schema
     ) -> Iterator[pa.RecordBatch]:
-        for position, fragment in fragments:
-            row = fragment.first_row + position
+        for first_row, fragment in fragments:
+            row = first_row
             try:
                 for batch in self._read_or_set_aside(fragment, schema):
                     yield rows_of_part(batch, row, query.part, query.parts)

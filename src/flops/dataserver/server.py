@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
+import dataclasses
 import json
 import logging
 import signal
@@ -51,6 +53,7 @@ _M_ARENA_MAX = -8  # malloc.h
 _log = logging.getLogger(__name__)
 _TITLES = {
     Action.STATUS: "Tags with rows, bytes, columns and last write.",
+    Action.LOCATE: "The files of a ticket's rows, for readers on the node that may open them.",
     Action.DESCRIBE: "A tag with its fragments, limits and, if asked for, statistics.",
     Action.DROP_TAG: "Remove all data of a tag.",
     Action.DROP_FRAGMENT: "Remove one upload.",
@@ -78,6 +81,7 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
         self._catalogue = catalogue
         self._actions: Mapping[Action, Callable[[Scope, bytes], Any]] = {
             Action.STATUS: self._status,
+            Action.LOCATE: self._locate,
             Action.DESCRIBE: self._describe,
             Action.DROP_TAG: self._drop_tag,
             Action.DROP_FRAGMENT: self._drop_fragment,
@@ -195,6 +199,15 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
         parse_object(body)
         tags = [tag for tag in self._catalogue.tags() if scope.covers(tag.name)]
         return {"tags": [tag.model_dump(mode="json") for tag in tags]}
+
+    def _locate(self, scope: Scope, body: bytes) -> Any:
+        asked = parse_ticket(body)
+        if not isinstance(asked, Query):
+            raise FlopsError(ErrorCode.USAGE, "Only the rows of tags can be located, not a fragment's.")
+        scope.check(Right.READ, asked.data_tags)
+        schema, files = self._catalogue.locate(asked)
+        encoded = base64.b64encode(schema.serialize()).decode()
+        return {"schema": encoded, "files": [dataclasses.astuple(file) for file in files]}
 
     def _describe(self, scope: Scope, body: bytes) -> Any:
         raw = parse_object(body)

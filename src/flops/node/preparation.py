@@ -74,6 +74,7 @@ class NodeSite:
         kit_dir: folder with our modules for projects' environments.
         environments_dir: folder of the environments on this node.
         images_dir: folder of what images are made of.
+        data_dir: folder of the data server's tags, which learners may read theirs of.
         inherited: the daemon's environment variables.
         authority: certificate of the cluster's authority, "" where it does not encrypt.
         disclosure: what the operator lets others see when users' code fails here.
@@ -87,6 +88,7 @@ class NodeSite:
     environments_dir: Path
     images_dir: Path
     inherited: Mapping[str, str]
+    data_dir: Path | None = None
     authority: str = ""
     disclosure: Disclosure = Disclosure.FULL
     has_open_network: bool = False
@@ -161,6 +163,7 @@ class Preparer:
             images_dir=str(self.site.images_dir) if spec.kind is ServiceKind.BUILDER else "",
             data_address=address,
             data_token=token,
+            data_dir=str(self.site.data_dir) if self.site.data_dir and address else "",
             authority=self.site.authority,
             key=spec.key if self.site.authority else "",
             identity=self._identity_of(spec, folder),

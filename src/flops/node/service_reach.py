@@ -10,6 +10,7 @@ import flops
 from flops.actor import ActorContext
 from flops.core.cluster import ServiceKind
 from flops.core.reach import Reach
+from flops.wire.flight import check_tag
 
 _OWN_PROGRAMS = (sys.prefix, sys.base_prefix, str(Path(flops.__file__).resolve().parents[1]))
 
@@ -24,6 +25,8 @@ def service_reach(
     confine themselves, after they have parted with the process that runs Dockerfiles: a confined one could
     not mount anything.
 
+    Learners read the files of their tags, so that rows need not go through the data server.
+
     Learners dial their aggregator and the node's data server, inference services nobody. An aggregator's own
     process is ours; it holds its children with users' code to no port at all.
 
@@ -37,7 +40,7 @@ def service_reach(
     if image:
         return Reach(dials=dials, listens=listens, image=image)
     bundle = (context.repo_dir,) if context.repo_dir else ()
-    readable = (*_OWN_PROGRAMS, context.kit_dir, context.environments_dir, *bundle)
+    readable = (*_OWN_PROGRAMS, context.kit_dir, context.environments_dir, *bundle, *_data(kind, context))
     writable: tuple[str, ...] = ()
     if kind is ServiceKind.BUILDER:
         writable = (context.environments_dir, context.images_dir, _cache(environ, "UV_CACHE_DIR", "uv"))
@@ -47,6 +50,13 @@ def service_reach(
     return Reach(
         readable=readable, writable=writable, dials=dials, listens=listens, confines_itself=makes_images
     )
+
+
+def _data(kind: ServiceKind, context: ActorContext) -> tuple[str, ...]:
+    """The folders of a learner's tags. Each is checked to be one name: a path would lead elsewhere."""
+    if kind is not ServiceKind.LEARNER or not context.data_dir:
+        return ()
+    return tuple(str(Path(context.data_dir) / check_tag(tag)) for tag in context.config["data_tags"])
 
 
 def _ports(kind: ServiceKind, context: ActorContext) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:

@@ -33,6 +33,7 @@ DEFAULT_PORT = 11_027
 # In the server's folder, when it is ready: {"host", "port", "pid"}, and "name", "authority" when it encrypts.
 ENDPOINT_FILE = "endpoint.json"
 IDENTITY_FILE = "identity.pem"  # there, too: its key and certificate, when it encrypts
+TAGS_FOLDER = "tags"  # in the server's folder: a folder for each tag, with the files of its rows
 TOKEN_FILE = "token"  # noqa: S105 (a file name) in the server's folder: the admin token, 0600
 AUTHORIZATION = "authorization"
 DATA_SERVER = "ml-data-server"  # its id, among the services of its node
@@ -61,6 +62,7 @@ class Action(StrEnum):
     """Actions of the data server, with the right each needs and its body."""
 
     STATUS = "status"  # read; {} -> {"tags": [DataTag]}
+    LOCATE = "locate"  # read; `ticket_for` -> {"schema", "files": [RowFile as a list]}
     DESCRIBE = "describe"  # read; {"tag", "is_with_statistics"?} -> TagDescription
     DROP_TAG = "drop_tag"  # admin; {"tag"} -> {"fragments": n}
     DROP_FRAGMENT = "drop_fragment"  # admin; {"name"} -> {"fragments": 1}
@@ -241,6 +243,21 @@ def parse_ticket(ticket: bytes) -> Query | UploadName:
     if not tags:
         raise FlopsError(ErrorCode.USAGE, 'The ticket names no tag in "data_tags".')
     return Query(tags, part, parts)
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """A Parquet file of rows on the data server's machine.
+
+    Args:
+        path: absolute; "" when there is none.
+        first_row: number of its first row: row r belongs to part ``r % parts``.
+        rows: how many it has.
+    """
+
+    path: str
+    first_row: int
+    rows: int
 
 
 def criteria_for(data_tags: Iterable[str]) -> bytes:

@@ -71,7 +71,7 @@ from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
 from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
-from flops.wire.flight import IDENTITY_FILE, TOKEN_FILE, Right, Scope, mint_token
+from flops.wire.flight import IDENTITY_FILE, TAGS_FOLDER, TOKEN_FILE, Right, Scope, mint_token
 from flops.wire.server_trust import with_trust
 from flops.wiring.data import open_data_catalog, server_trust
 from flops.wiring.membership import Membership
@@ -191,6 +191,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         environments_dir=paths.environments,
         images_dir=paths.images,
         inherited=inherited_environment(),
+        data_dir=paths.data_server / TAGS_FOLDER,
         authority=membership.authority,
         disclosure=conf.disclosure,
         has_open_network=NodeSettings.read().open_network == "on",

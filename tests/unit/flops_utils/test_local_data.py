@@ -9,21 +9,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import flight
 
 from flops.adapters.flight_client import FlightDataClient
 from flops.adapters.parquet_store import ParquetStore
 from flops.dataserver.catalogue import Catalogue
 from flops.dataserver.server import DataServer
 from flops.errors import ErrorCode, FlopsError
-from flops.wire.flight import Right, Scope, mint_token
+from flops.wire.flight import Query, Right, Scope, UploadName, mint_token
 from flops_utils.local_data import DataSource, rows_loaded, use_source
 from flops_utils.ml_repo_building_blocks import load_dataset, load_table
 
 ADMIN = "admin-secret"
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(params=["from the files", "through the server"])
+def address(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "through the server":  # as in a container, which does not have the files
+        monkeypatch.setattr(ParquetStore, "path", lambda *_: str(tmp_path / "absent"))
     server = DataServer(Catalogue(ParquetStore(tmp_path)), ADMIN, "127.0.0.1", 0)
     address = f"127.0.0.1:{server.port}"
     with FlightDataClient(address, ADMIN) as client:
@@ -131,3 +134,44 @@ def test_a_datasets_column_is_a_whole_array_as_repositories_of_the_ancestor_expe
     assert list(dataset["label"]) == [0, 1, 2, 3]
     halves = dataset.train_test_split(test_size=0.5, seed=42)
     assert len(halves["train"]) == 2
+
+
+class ServerThatGivesNoRows(DataServer):
+    """Says where they are, but sends none."""
+
+    def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.FlightDataStream:
+        raise flight.FlightServerError("The rows were not to come through the server.")
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Catalogue:
+    catalogue = Catalogue(ParquetStore(tmp_path))
+    for start, name in ((0, "a"), (7, "b")):
+        upload = catalogue.open_upload(UploadName("numbers", name), pa.schema({"value": pa.int64()}))
+        upload.write(pa.record_batch({"value": range(start, start + 7)}))
+        upload.seal()
+        upload.commit()
+    return catalogue
+
+
+def test_rows_come_from_the_files_where_they_can_be_opened(catalogue: Catalogue) -> None:
+    with ServerThatGivesNoRows(catalogue, ADMIN, "127.0.0.1", 0) as server:
+        for part in range(2):
+            use(f"127.0.0.1:{server.port}", "numbers", part=part, parts=2)
+            _, batches = catalogue.read(Query(("numbers",), part, 2))
+            assert load_table().equals(pa.Table.from_batches(batches))
+        use_source(None)
+
+
+def test_a_damaged_file_is_set_aside_by_the_server_and_the_rest_is_read(
+    tmp_path: Path, catalogue: Catalogue
+) -> None:
+    (path,) = tmp_path.glob("tags/numbers/*.b.parquet")
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with DataServer(catalogue, ADMIN, "127.0.0.1", 0) as server:
+        use(f"127.0.0.1:{server.port}", "numbers")
+        assert load_table()["value"].to_pylist() == list(range(7))
+        use_source(None)
+    assert [damage.name for damage in catalogue.describe("numbers").damaged] == [path.name]

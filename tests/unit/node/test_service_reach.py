@@ -8,6 +8,7 @@ import pytest
 
 from flops.actor import ActorContext
 from flops.core.cluster import ServiceKind
+from flops.errors import ErrorCode, FlopsError
 from flops.node.service_reach import service_reach
 
 LEARNER: dict[str, Any] = {"aggregator": "10.0.0.1:4242"}
@@ -54,3 +55,18 @@ MAKES_IMAGES = {"images": {"project_id": "p1"}}
 def test_only_builders_of_images_begin_unconfined(kind: ServiceKind, config: dict[str, Any]) -> None:
     reach = service_reach(kind, a_context(config), {})
     assert reach.confines_itself is (kind is ServiceKind.BUILDER and config is MAKES_IMAGES)
+
+
+def test_learners_read_the_files_of_their_tags_and_of_no_others() -> None:
+    context = a_context({**LEARNER, "data_tags": ["a", "b"]}, data_dir="/node/dataserver/tags")
+    reached = {kind: service_reach(kind, context, {}).readable for kind in ServiceKind}
+    data = {kind: [path for path in found if "dataserver" in path] for kind, found in reached.items()}
+    assert data.pop(ServiceKind.LEARNER) == ["/node/dataserver/tags/a", "/node/dataserver/tags/b"]
+    assert not any(data.values())
+
+
+def test_a_tag_that_is_a_path_leads_nowhere() -> None:
+    context = a_context({**LEARNER, "data_tags": ["../../token"]}, data_dir="/node/dataserver/tags")
+    with pytest.raises(FlopsError) as caught:
+        service_reach(ServiceKind.LEARNER, context, {})
+    assert caught.value.code is ErrorCode.TAG_INVALID

@@ -1,4 +1,7 @@
-"""Which rows a reader gets, and in batches of which size."""
+"""Which rows a reader gets, and in batches of which size.
+
+This module is part of the actor kit: it imports the standard library, numpy and pyarrow only.
+"""
 
 from __future__ import annotations
 
