@@ -50,6 +50,7 @@ class ActorContext:
         data_address: ``host:port`` of the node's ML data server, "" when the node has none.
         data_token: token for it with the rights this service needs, and no more.
         data_dir: folder with a folder of files for each tag of that server, "" when there is none.
+        cluster: name of its node's cluster.
         authority: certificate (PEM) of the cluster's authority, "" where the cluster does not encrypt.
         key: what this service shows to the cluster, beside its id; "" likewise.
         identity: file with key and certificate of a service that others dial by TLS; "" without TLS.
@@ -73,6 +74,7 @@ class ActorContext:
     data_address: str = ""
     data_token: str = ""
     data_dir: str = ""
+    cluster: str = "default"
     authority: str = ""
     key: str = ""
     identity: str = ""

@@ -1,10 +1,11 @@
-"""What the admission of nodes needs from the outside world; see `flops.ports`."""
+"""What the admission of nodes and of clusters needs from the outside world; see `flops.ports`."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from flops.core.admission import Invitation, NodeCertificate
+from flops.core.clusters import Cluster
 from flops.core.ids import NodeId
 
 
@@ -43,8 +44,32 @@ class AdmissionStore(Protocol):
         """No certificate of this node is in force any more."""
         ...
 
+    def expel_cluster(self, cluster: str) -> None:
+        """No certificate and no invitation of this cluster, its relay and its nodes, is in force any more."""
+        ...
+
     def forget_invitations(self, before_s: float) -> None:
         """Forget the invitations that ended before a time, with what is known of their use."""
+        ...
+
+
+class ClusterRegister(Protocol):
+    """The clusters that have joined, durably."""
+
+    def load(self) -> list[Cluster]:
+        """All that was saved last; none at first.
+
+        Raises:
+            FlopsError: ``config_corrupt``, ``file_unreadable``.
+        """
+        ...
+
+    def save(self, clusters: list[Cluster]) -> None:
+        """Replace what was saved, all or nothing.
+
+        Raises:
+            FlopsError: ``disk_full``, ``file_unreadable``.
+        """
         ...
 
 
@@ -70,9 +95,15 @@ class Authority(Protocol):
         ...
 
     def sign_node(
-        self, request: str, node_id: NodeId, addons: tuple[str, ...], now_s: float, life_s: float
+        self,
+        request: str,
+        node_id: NodeId,
+        addons: tuple[str, ...],
+        now_s: float,
+        life_s: float,
+        cluster: str,
     ) -> NodeCertificate:
-        """Sign a node's certificate; names in the request do not count.
+        """Sign the certificate of a cluster's node, or relay, by the id; names in the request do not count.
 
         Raises:
             FlopsError: ``usage`` for what is no signing request.

@@ -63,6 +63,7 @@ class ErrorCode(StrEnum):
     # Nodes and services
     NODE_NOT_FOUND = "node_not_found"
     NODE_LOST = "node_lost"
+    CLUSTER_NOT_FOUND = "cluster_not_found"
     ADDON_UNKNOWN = "addon_unknown"
     ADDON_UNHEALTHY = "addon_unhealthy"
     SERVICE_NOT_FOUND = "service_not_found"
@@ -198,6 +199,9 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
     ErrorCode.TRACKING_FAILED: ErrorSpec(502, 47, "Look at the MLflow server: `flops status`, and its log."),
     ErrorCode.NODE_NOT_FOUND: ErrorSpec(404, 50, "`flops node list` shows the nodes that have joined."),
     ErrorCode.NODE_LOST: ErrorSpec(503, 51, "Check the machine and `NodeEngine status` on it."),
+    ErrorCode.CLUSTER_NOT_FOUND: ErrorSpec(
+        404, 48, "`flops cluster list` shows the clusters that have joined."
+    ),
     ErrorCode.ADDON_UNKNOWN: ErrorSpec(
         400, 52, "The addons are FLOps-learner (FLOps) and imageBuilder (image-builder)."
     ),

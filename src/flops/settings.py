@@ -111,6 +111,23 @@ class ControlSettings(Settings):
         return self.encryption == "on" or (self.encryption == "auto" and not is_loopback(host))
 
 
+class RelaySettings(Settings):
+    """A relay: the cluster orchestrator of a further cluster. What `flops cluster up` was told it keeps."""
+
+    home: Path = Field(default_factory=default_home, description="folder of all state; FLOPS_HOME")
+    cluster_host: str = Field("127.0.0.1", description="address that the cluster's NodeEngines dial")
+    cluster_port: int = Field(10_100, ge=0, le=65_535, description="port that they dial")
+    site_cache_mb: int = Field(
+        20_480, ge=0, description="disk for blobs and layers that the site's nodes share, in MiB"
+    )
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    @property
+    def relay_dir(self) -> Path:
+        """State of the relay."""
+        return self.home / "relay"
+
+
 class ClientSettings(Settings):
     """The `flops` command: which manager it talks to."""
 

@@ -20,7 +20,7 @@ from flops.cli.flops import app
 from flops.core.sla import MockDataSla, PartitionerName, ProjectSla, StrategyName
 from flops.core.strategies import STRATEGY_PARAMETERS
 from flops.errors import CATALOGUE, ErrorCode
-from flops.settings import ClientSettings, ControlSettings, NodeSettings
+from flops.settings import ClientSettings, ControlSettings, NodeSettings, RelaySettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -193,7 +193,7 @@ def test_every_command_has_a_help_text_and_a_json_form(name: str) -> None:
 # Settings
 
 
-@pytest.mark.parametrize("settings", [ControlSettings, ClientSettings, NodeSettings])
+@pytest.mark.parametrize("settings", [ControlSettings, ClientSettings, NodeSettings, RelaySettings])
 def test_every_setting_is_explained_with_its_default(settings: type[BaseModel]) -> None:
     table = rows("settings.md")
     for name, field in settings.model_fields.items():
@@ -206,7 +206,7 @@ def test_every_setting_is_explained_with_its_default(settings: type[BaseModel]) 
 def test_no_row_explains_a_setting_that_is_gone() -> None:
     known = {
         f"FLOPS_{name.upper()}"
-        for settings in (ControlSettings, ClientSettings, NodeSettings)
+        for settings in (ControlSettings, ClientSettings, NodeSettings, RelaySettings)
         for name in settings.model_fields
     }
     assert {key for key in rows("settings.md") if key.startswith("FLOPS_")} == known

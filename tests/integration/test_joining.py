@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import logging
-import ssl
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
-import httpx
 import pytest
 
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer, server_tls
 from flops.adapters.node_identity import (
-    Identity,
     certify_service,
-    join_cluster,
     read_identity,
     renew_identity,
 )
-from flops.adapters.node_link import WebSocketLink, dial_cluster
-from flops.adapters.sql_cluster_store import SqlClusterStore
+from flops.adapters.node_link import dial_cluster
 from flops.core.cluster import (
     IMAGE_BUILDER_ADDON,
     LEARNER_ADDON,
-    Addon,
-    AddonState,
-    NodeFacts,
     ServiceKind,
     ServiceSpec,
     ServiceState,
@@ -43,114 +32,12 @@ from flops.core.cluster import (
 from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
-from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.testing.safe_cluster import ADDONS, HOUR_S, LIFE_S, SafeCluster, hello
 from flops.testing.waiting import until
 from flops.wire.cluster_tls import cluster_tls
 from flops.wire.flight import DATA_SERVER, aggregator_name, data_server_name
 from flops.wire.join import JoinToken
-from flops.wire.node import Heartbeat, Hello, Refused, RemoveService, ServiceChanged, StartService, Welcome
-from flops.wiring.cluster_port import guarded
-from flops.wiring.cluster_security import ClusterSecurity
-
-T = TypeVar("T")
-ADDONS = (LEARNER_ADDON, IMAGE_BUILDER_ADDON)
-HOUR_S = 3_600.0
-LIFE_S = 7 * 24 * HOUR_S
-
-
-class _Clock:
-    ahead_s = 0.0
-
-    def now_s(self) -> float:
-        return time.time() + self.ahead_s
-
-
-class SafeCluster:
-    """A cluster that encrypts; `restart` starts it anew on the same files and port."""
-
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        self.folder = folder
-        self.clock = _Clock()
-        self.port = port
-        self.start()
-
-    def start(self) -> None:
-        self.security = ClusterSecurity(self.folder, self.clock, secret=b"s", life_s=LIFE_S)
-        self.security.start()
-        self.store = SqlClusterStore(self.folder / "cluster.sqlite")
-        self.orchestrator = ClusterOrchestrator(self.store, self.clock, admission=self.security.admission)
-        app = build_app(self.orchestrator, FileBlobs(self.folder / "blobs"))
-        app = guarded(app, self.security.admission, self.orchestrator)
-        self.server = HttpServer(app, "127.0.0.1", self.port, tls=self.security.tls)
-        self.server.start()
-        self.port = self.server.port
-        self.address = f"127.0.0.1:{self.port}"
-        self.url = f"https://{self.address}"
-
-    def close(self) -> None:
-        self.server.close()
-        self.security.close()
-        self.store.close()
-
-    def restart(self) -> None:
-        self.close()
-        self.start()
-
-    def invite(self, *, nodes: int = 1, addons: tuple[str, ...] = ADDONS) -> JoinToken:
-        return self.security.admission.invite(self.address, nodes=nodes, for_s=HOUR_S, addons=addons)
-
-    def join(self, node_id: str, token: JoinToken | None = None, *, addons: tuple[str, ...] = ()) -> Identity:
-        token = token or self.invite()
-        return join_cluster(self.file_of(node_id), token, self.address, node_id, addons)
-
-    def file_of(self, node_id: str) -> Path:
-        return self.folder / "nodes" / node_id / "identity.pem"
-
-    def tls_of(self, node_id: str) -> ssl.SSLContext:
-        identity = read_identity(self.file_of(node_id))
-        assert identity is not None
-        return cluster_tls(identity.authority, self.file_of(node_id))
-
-    @contextlib.contextmanager
-    def linked(self, node_id: str, *, says_it_is: str = "", addons: tuple[str, ...] = ()) -> Iterator[Played]:
-        link = dial_cluster(self.address, tls=self.tls_of(node_id))
-        try:
-            link.send(hello(says_it_is or node_id, addons))
-            yield Played(link)
-        finally:
-            link.close()
-
-    def refusal_of(self, node_id: str, *, says_it_is: str = "", addons: tuple[str, ...] = ()) -> FlopsError:
-        with self.linked(node_id, says_it_is=says_it_is, addons=addons) as played:
-            return FlopsError.from_dict(played.expect(Refused).error)
-
-    def connected(self) -> set[str]:
-        return {node.id for node in self.orchestrator.nodes() if node.is_connected}
-
-    def get(
-        self, path: str, tls: ssl.SSLContext | None = None, auth: tuple[str, str] | None = None
-    ) -> tuple[int, str]:
-        tls = tls or cluster_tls(self.security.admission.authority_pem)
-        with httpx.Client(verify=tls, trust_env=False) as client:
-            answer = client.get(self.url + path, auth=auth)
-        return answer.status_code, "" if answer.is_success else answer.json().get("code", "")
-
-
-class Played:
-    """A node's end of a connection."""
-
-    def __init__(self, link: WebSocketLink) -> None:
-        self.link = link
-
-    def expect(self, kind: type[T]) -> T:
-        message = self.link.receive(20)
-        assert isinstance(message, kind), message
-        return message
-
-
-def hello(node_id: str, addons: tuple[str, ...] = ()) -> Hello:
-    on = tuple(Addon(name=name, state=AddonState.HEALTHY) for name in addons)
-    return Hello(node_id=node_id, name=f"name of {node_id}", facts=NodeFacts(), addons=on)
+from flops.wire.node import Heartbeat, Refused, RemoveService, ServiceChanged, StartService, Welcome
 
 
 @pytest.fixture
@@ -288,8 +175,7 @@ def admit(self, *arguments):
         store(self, *arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 SqlAdmissionStore.admit = admit
-sys.path.insert(0, str(Path(sys.argv[4]).parent))
-from test_joining import SafeCluster
+from flops.testing.safe_cluster import SafeCluster
 cluster = SafeCluster(Path(sys.argv[1]), int(sys.argv[2]))
 print("ready", flush=True)
 time.sleep(60)
@@ -302,7 +188,7 @@ def test_a_kill_between_signing_and_answering_neither_loses_nor_doubles_a_node(
 ) -> None:
     token = cluster.invite()
     cluster.close()
-    command = [sys.executable, "-c", KILLED, str(cluster.folder), str(cluster.port), when, __file__]
+    command = [sys.executable, "-c", KILLED, str(cluster.folder), str(cluster.port), when]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

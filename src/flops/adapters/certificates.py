@@ -14,10 +14,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from flops.core.admission import CLOCKS_DIFFER_BY_S, NodeCertificate, serial_text
+from flops.core.admission import CLOCKS_DIFFER_BY_S, NodeCertificate, is_relay, serial_text
 from flops.core.ids import NodeId
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.cluster_tls import server_name
 
 _AUTHORITY_LIFE_S = 30 * 365 * 86_400.0
 
@@ -63,14 +64,22 @@ class FileAuthority:
         return _key_hash(_key_of(request))
 
     def sign_node(
-        self, request: str, node_id: NodeId, addons: tuple[str, ...], now_s: float, life_s: float
+        self,
+        request: str,
+        node_id: NodeId,
+        addons: tuple[str, ...],
+        now_s: float,
+        life_s: float,
+        cluster: str,
     ) -> NodeCertificate:
-        """Sign a node's certificate; see `Authority`."""
+        """Sign a node's certificate, or a relay's; see `Authority`."""
         public_key = _key_of(request)
-        builder = _builder(node_id, public_key, self._certificate.subject, now_s, life_s)
-        signed = _for_peer(builder, f"{node_id}.node.flops.internal", ExtendedKeyUsageOID.CLIENT_AUTH).sign(
-            self._key, hashes.SHA256()
-        )
+        name, usages = f"{node_id}.node.flops.internal", [ExtendedKeyUsageOID.CLIENT_AUTH]
+        if is_relay(node_id):
+            name, usages = server_name(cluster), [*usages, ExtendedKeyUsageOID.SERVER_AUTH]
+        subject = _name(node_id, cluster)
+        builder = _builder(subject, public_key, self._certificate.subject, now_s, life_s)
+        signed = _for_peer(builder, name, usages).sign(self._key, hashes.SHA256())
         return NodeCertificate(
             serial=serial_text(signed.serial_number),
             node_id=node_id,
@@ -79,6 +88,7 @@ class FileAuthority:
             not_before_s=now_s,
             not_after_s=signed.not_valid_after_utc.timestamp(),
             pem=_pem(signed),
+            cluster=cluster,
         )
 
     def sign_service(self, request: str, name: str, now_s: float, life_s: float) -> str:
@@ -112,8 +122,8 @@ class FileAuthority:
         life_s: float,
         hosts: Sequence[str] = (),
     ) -> str:
-        builder = _builder(name, key, self._certificate.subject, now_s, life_s)
-        builder = _for_peer(builder, name, ExtendedKeyUsageOID.SERVER_AUTH, hosts)
+        builder = _builder(_name(name), key, self._certificate.subject, now_s, life_s)
+        builder = _for_peer(builder, name, [ExtendedKeyUsageOID.SERVER_AUTH], hosts)
         signed = builder.sign(self._key, hashes.SHA256())
         return _pem(signed)
 
@@ -133,7 +143,7 @@ def _make_authority(now_s: float) -> str:
         encipher_only=False,
         decipher_only=False,
     )
-    builder = _builder(name, key.public_key(), _name(name), now_s, _AUTHORITY_LIFE_S)
+    builder = _builder(_name(name), key.public_key(), _name(name), now_s, _AUTHORITY_LIFE_S)
     signed = (
         builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
@@ -144,11 +154,11 @@ def _make_authority(now_s: float) -> str:
 
 
 def _builder(
-    name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name, now_s: float, life_s: float
+    subject: x509.Name, key: ec.EllipticCurvePublicKey, issuer: x509.Name, now_s: float, life_s: float
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(name))
+        .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
@@ -158,13 +168,16 @@ def _builder(
 
 
 def _for_peer(
-    builder: x509.CertificateBuilder, dns_name: str, usage: x509.ObjectIdentifier, hosts: Sequence[str] = ()
+    builder: x509.CertificateBuilder,
+    dns_name: str,
+    usages: list[x509.ObjectIdentifier],
+    hosts: Sequence[str] = (),
 ) -> x509.CertificateBuilder:
-    """A certificate that signs no others, and is good for one side of a connection only."""
+    """A certificate that signs no others, and is good for one side of a connection; a relay's for both."""
     names = x509.SubjectAlternativeName([x509.DNSName(dns_name), *map(_host_name, hosts)])
     return (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=True)
         .add_extension(names, critical=False)
     )
 
@@ -206,8 +219,9 @@ def _pem(certificate: x509.Certificate) -> str:
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+def _name(text: str, cluster: str = "") -> x509.Name:
+    unit = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, cluster)] if cluster else []
+    return x509.Name([*unit, x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
 def _date(at_s: float) -> datetime.datetime:

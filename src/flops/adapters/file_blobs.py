@@ -223,6 +223,16 @@ class FileUpload:
             self._file.write(chunk)
         self._hash.update(chunk)
 
+    def read(self, start: int, stop: int) -> bytes:
+        """Of the bytes written so far, those from `start` up to `stop`.
+
+        Raises:
+            FlopsError: ``disk_full``.
+        """
+        with _translated(self._path):
+            self._file.flush()
+            return os.pread(self._file.fileno(), stop - start, start)
+
     def commit(self, expected: Digest) -> None:
         """Store the bytes durably; on failure nothing is stored.
 

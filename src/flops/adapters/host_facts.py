@@ -75,7 +75,7 @@ class LocalHost:
     def address(self) -> str:
         """Where others reach services of this machine."""
         public = _public_address() if self._is_public else None
-        return public or _address_towards(self._cluster_address)
+        return public or address_towards(self._cluster_address)
 
     def _disk_mb(self) -> tuple[int, int]:
         """Free and total."""
@@ -85,7 +85,7 @@ class LocalHost:
         return 0, 0
 
 
-def _address_towards(host: str) -> str:
+def address_towards(host: str) -> str:
     """The address of ours that packets to `host` come from; nothing is sent."""
     with contextlib.suppress(OSError):
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]

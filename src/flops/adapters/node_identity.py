@@ -1,4 +1,4 @@
-"""A node's key and certificate: made here, signed by the cluster, kept in one file of the node's home.
+"""Key and certificate of a node, or of a relay: made here, signed by the cluster, kept in one file.
 
 The key is on the disk before anything is asked for, and it never leaves the node. A node that is killed
 before it has the answer asks again with the same key and the same token, and gets the same certificate.
@@ -7,6 +7,7 @@ before it has the answer asks again with the same key and the same token, and ge
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,18 +19,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flops.core.admission import CLOCKS_DIFFER_BY_S, renewal_due
+from flops.core.admission import CLOCKS_DIFFER_BY_S, is_relay, renewal_due
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.model import Value
 from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import cluster_tls, split_chain, tls_problem, tls_to_anybody
 from flops.wire.join import (
     AUTHORITY_PATH,
+    CLUSTER_JOIN_PATH,
+    CLUSTER_RENEWAL_PATH,
     JOIN_PATH,
     RENEWAL_PATH,
     SERVICE_PATH,
     AuthorityShown,
     CertificateSigned,
+    ClusterJoinRequest,
     JoinRequest,
     JoinToken,
     RenewalRequest,
@@ -52,6 +57,7 @@ class Identity:
         authority: the cluster's own certificate, PEM.
         not_before_s: when the certificate was signed, in seconds since the epoch.
         not_after_s: when it ends.
+        cluster: that it is of.
     """
 
     node_id: str
@@ -59,6 +65,12 @@ class Identity:
     authority: str
     not_before_s: float
     not_after_s: float
+    cluster: str = DEFAULT_CLUSTER
+
+    @property
+    def dials(self) -> str:
+        """The cluster at whose port it is known: a node's own; a relay's is the manager's."""
+        return DEFAULT_CLUSTER if is_relay(self.node_id) else self.cluster
 
     def is_due(self, now_s: float) -> bool:
         """Whether it is time to renew the certificate."""
@@ -91,6 +103,7 @@ def read_identity(path: Path) -> Identity | None:
         authority=authority,
         not_before_s=found.not_valid_before_utc.timestamp() + CLOCKS_DIFFER_BY_S,
         not_after_s=found.not_valid_after_utc.timestamp(),
+        cluster=_attribute(found.subject, NameOID.ORGANIZATIONAL_UNIT_NAME) or DEFAULT_CLUSTER,
     )
 
 
@@ -112,21 +125,46 @@ def join_cluster(
         FlopsError: ``join_refused``, ``certificate_refused``, ``encryption_mismatch``, ``unreachable``,
             ``disk_full``, ``file_unreadable``.
     """
-    authority = trusted_authority(
-        f"https://{cluster}{AUTHORITY_PATH}", token.fingerprint, "the cluster that made the token"
-    )
+
+    def request(signing_request: str) -> JoinRequest:
+        return JoinRequest(
+            invitation=token.id,
+            secret=token.secret,
+            node_id=node_id,
+            addons=addons,
+            signing_request=signing_request,
+        )
+
+    return _join(path, token, f"{cluster}{JOIN_PATH}", request)
+
+
+def join_manager(path: Path, token: JoinToken, manager: str, cluster: str) -> Identity:
+    """Have the manager's authority sign a certificate for a new key of a relay; otherwise as `join_cluster`.
+
+    Args:
+        path: where the identity is kept.
+        token: of `flops cluster invite`.
+        manager: ``host:port`` of the manager's cluster.
+        cluster: the name of the relay's own.
+    """
+
+    def request(signing_request: str) -> ClusterJoinRequest:
+        return ClusterJoinRequest(
+            invitation=token.id, secret=token.secret, cluster=cluster, signing_request=signing_request
+        )
+
+    return _join(path, token, f"{manager}{CLUSTER_JOIN_PATH}", request)
+
+
+def _join(path: Path, token: JoinToken, where: str, request: Callable[[str], Value]) -> Identity:
+    url = f"https://{where.partition('/')[0]}{AUTHORITY_PATH}"
+    authority = trusted_authority(url, token.fingerprint, "the cluster that made the token")
     pending = path.with_name(f"{path.name}.{token.id[:32]}")
     if not pending.exists():
         write_durably(pending, new_key())
     key = pending.read_text(encoding="ascii")
-    request = JoinRequest(
-        invitation=token.id,
-        secret=token.secret,
-        node_id=node_id,
-        addons=addons,
-        signing_request=signing_request(key),
-    )
-    signed = _post(f"https://{cluster}{JOIN_PATH}", request, cluster_tls(authority))
+    tls = cluster_tls(authority, cluster=token.name)
+    signed = _post(f"https://{where}", request(signing_request(key)), tls)
     write_durably(path, key + signed.certificate + authority)
     pending.unlink(missing_ok=True)
     return _must_read(path)
@@ -142,7 +180,9 @@ def renew_identity(path: Path, cluster: str) -> Identity:
     text = path.read_text(encoding="ascii")
     key = text[: text.index(_KEY_END) + len(_KEY_END)]
     request = RenewalRequest(signing_request=signing_request(key))
-    signed = _post(f"https://{cluster}{RENEWAL_PATH}", request, cluster_tls(identity.authority, path))
+    where = CLUSTER_RENEWAL_PATH if is_relay(identity.node_id) else RENEWAL_PATH
+    tls = cluster_tls(identity.authority, path, identity.dials)
+    signed = _post(f"https://{cluster}{where}", request, tls)
     write_durably(path, key + signed.certificate + identity.authority)
     return _must_read(path)
 
@@ -168,7 +208,8 @@ def certify_service(path: Path, cluster: str, service_id: str, target: Path, now
         return False
     key = new_key()
     request = ServiceCertificateRequest(service_id=service_id, signing_request=signing_request(key))
-    signed = _post(f"https://{cluster}{SERVICE_PATH}", request, cluster_tls(identity.authority, path))
+    tls = cluster_tls(identity.authority, path, identity.dials)
+    signed = _post(f"https://{cluster}{SERVICE_PATH}", request, tls)
     write_durably(target, key + signed.certificate + identity.authority)
     return True
 
@@ -259,7 +300,11 @@ def _must_read(path: Path) -> Identity:
 
 
 def _common_name(name: x509.Name) -> str:
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return _attribute(name, NameOID.COMMON_NAME)
+
+
+def _attribute(name: x509.Name, which: x509.ObjectIdentifier) -> str:
+    found = name.get_attributes_for_oid(which)
     return str(found[0].value) if found else ""
 
 

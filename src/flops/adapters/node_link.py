@@ -79,7 +79,7 @@ class WebSocketLink:
 
     def _ended(self, exc: Exception) -> FlopsError:
         reason = exc.rcvd.reason if isinstance(exc, ConnectionClosed) and exc.rcvd is not None else ""
-        why = f": {reason}" if reason else ""
+        why = f": {reason.rstrip('.')}" if reason else ""
         return FlopsError(
             ErrorCode.UNREACHABLE, f"The connection to the cluster at {self._cluster} ended{why}."
         )

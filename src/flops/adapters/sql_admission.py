@@ -129,6 +129,14 @@ class SqlAdmissionStore:
         with self._file.transaction() as connection:
             connection.execute(delete(_CertificateRow).where(_CertificateRow.node_id == node_id))
 
+    def expel_cluster(self, cluster: str) -> None:
+        """No certificate and no invitation of this cluster, its relay and its nodes, is in force any more."""
+        with self._file.transaction() as connection:
+            for table, model in ((_CertificateRow, NodeCertificate), (_InvitationRow, Invitation)):
+                rows = connection.execute(select(table.__table__.c.document)).scalars().all()
+                gone = [text for text in rows if model.model_validate_json(text).cluster == cluster]
+                connection.execute(delete(table).where(table.__table__.c.document.in_(gone)))
+
     def forget_invitations(self, before_s: float) -> None:
         """Forget the invitations that ended before a time, with what is known of their use."""
         old = select(_InvitationRow.id).where(_InvitationRow.expires_at_s < before_s)

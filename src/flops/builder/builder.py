@@ -124,7 +124,7 @@ class _Build:
         for note in environment.notes:
             self._report(note)
         locks = (lock, model_lock)
-        options = http_options(context.authority, context.service_id, context.key)
+        options = http_options(context.authority, context.service_id, context.key, context.cluster)
         transport = httpx.HTTPTransport(retries=2, verify=options.pop("verify", True))
         with httpx.Client(timeout=_TIMEOUT_S, transport=transport, **options) as client:
             for text in locks:  # first: the cluster serves packages only of locks that it has

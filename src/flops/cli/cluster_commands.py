@@ -39,6 +39,7 @@ def list_nodes(output_format: FormatOption = OutputFormat.TABLE) -> None:
         rows = [
             (
                 n.name,
+                n.cluster,
                 "connected" if n.is_connected else "gone",
                 health_line(n.health),
                 ", ".join(f"{a.name} ({a.state})" for a in n.addons),
@@ -48,7 +49,7 @@ def list_nodes(output_format: FormatOption = OutputFormat.TABLE) -> None:
             for n in nodes
         ]
         print_table(
-            ["node", "state", "health", "addons", "data tags", "machine"],
+            ["node", "cluster", "state", "health", "addons", "data tags", "machine"],
             rows,
             empty="No node has joined yet.",
         )
@@ -81,6 +82,9 @@ def invite_node(
         str | None,
         typer.Option("--address", help="Where they reach the cluster, when it is not as it listens."),
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Which cluster they join [the manager's own].")
+    ] = None,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
     """Make a token by which nodes on other machines join; it is shown once."""
@@ -88,6 +92,8 @@ def invite_node(
     from flops.wire.rest import InvitationMade
 
     body: dict[str, Any] = {"nodes": nodes, "for_s": seconds_of(duration), "address": address}
+    if cluster is not None:
+        body["cluster"] = cluster
     if addons is not None:
         body["addons"] = [find_addon(name) for name in addons.split(",") if name.strip()]
     with connected() as api:

@@ -15,6 +15,7 @@ from flops.cli.connect import connect, connection_line, disconnect
 from flops.cli.connection import GlobalOptions, client_settings, connected, global_options
 from flops.cli.data_commands import data
 from flops.cli.doctor import doctor
+from flops.cli.federation_commands import cluster
 from flops.cli.image_commands import image
 from flops.cli.model_commands import model
 from flops.cli.output import (
@@ -41,6 +42,7 @@ app.add_typer(project, name="p", hidden=True)
 app.add_typer(mock_data, name="mock-data")
 app.add_typer(mock_data, name="mock_data", hidden=True)
 app.add_typer(mock_data, name="m", hidden=True)
+app.add_typer(cluster, name="cluster")
 app.add_typer(node, name="node")
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")

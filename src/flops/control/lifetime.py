@@ -1,4 +1,4 @@
-"""The control plane from start to end: one per home, a file that says where it listens, signals."""
+"""A server of ours from start to end: one per folder, a file that says where it listens, signals."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ STARTUP_ERROR_FILE = "startup_error.json"
 LOCK_FILE = "lock"
 SECRET_FILE = "secret"  # noqa: S105 (a file's name)
 CLUSTER_FILE = "cluster.sqlite"
+CLUSTERS_FILE = "clusters.json"  # the further ones
 PROJECTS_FILE = "projects.sqlite"
 TRACKING_FOLDER = "mlflow"
 IMAGES_FOLDER = "images"  # what the cluster's registry keeps
@@ -32,13 +33,18 @@ PACKAGES_FOLDER = "packages"  # what nodes asked the cluster to fetch from the p
 _log = logging.getLogger(__name__)
 
 
-def run_until_told(folder: Path, start: Callable[[contextlib.ExitStack], Mapping[str, Any]]) -> int:
-    """Run the control plane until SIGTERM or SIGINT.
+def run_until_told(
+    folder: Path,
+    start: Callable[[contextlib.ExitStack], Mapping[str, Any]],
+    what: str = "control plane",
+) -> int:
+    """Run the control plane, or another such server, until SIGTERM or SIGINT.
 
     Args:
-        folder: the control plane's own folder; only one process runs per folder.
+        folder: its own; only one process runs per folder.
         start: starts every part, registers its end on the stack, and returns what ``endpoint.json`` tells
             clients. It is called once, with the folder locked.
+        what: runs, in sentences.
 
     Returns:
         The exit code. An error at the start is left in ``startup_error.json`` for whoever started us.
@@ -48,16 +54,16 @@ def run_until_told(folder: Path, start: Callable[[contextlib.ExitStack], Mapping
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     try:
-        with _only_one(folder / LOCK_FILE), contextlib.ExitStack() as parts:
+        with _only_one(folder / LOCK_FILE, what), contextlib.ExitStack() as parts:
             (folder / STARTUP_ERROR_FILE).unlink(missing_ok=True)
             endpoint = {"pid": os.getpid(), **start(parts)}
             parts.callback((folder / ENDPOINT_FILE).unlink, missing_ok=True)
             write_durably(folder / ENDPOINT_FILE, json.dumps(endpoint), mode=0o644)
-            _log.info("The control plane is ready at %s", endpoint.get("manager_url"))
+            _log.info("The %s is ready: %s", what, endpoint)
             told.wait()
-            _log.info("The control plane stops")
+            _log.info("The %s stops", what)
     except FlopsError as exc:
-        _log.exception("The control plane did not start")
+        _log.exception("The %s did not start", what)
         if exc.code is not ErrorCode.ALREADY_RUNNING:
             write_durably(folder / STARTUP_ERROR_FILE, json.dumps(exc.to_dict()), mode=0o644)
         return exc.spec.exit_code
@@ -65,12 +71,12 @@ def run_until_told(folder: Path, start: Callable[[contextlib.ExitStack], Mapping
 
 
 @contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def _only_one(path: Path, what: str) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise FlopsError(
-                ErrorCode.ALREADY_RUNNING, f"A control plane runs already with its state in {path.parent}."
+                ErrorCode.ALREADY_RUNNING, f"A {what} runs already with its state in {path.parent}."
             ) from exc
         yield

@@ -1,14 +1,18 @@
-"""Who may join a cluster: invitations, certificates of nodes, and what holds for both."""
+"""Who may join a cluster: invitations, certificates of nodes and of relays, and what holds for both."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.ids import NodeId
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 
 CLOCKS_DIFFER_BY_S = 86_400.0  # certificates say so much earlier: a node whose clock is late takes them, too
+
+
+_RELAY = "cluster."
 
 
 def serial_text(number: int) -> str:
@@ -27,10 +31,12 @@ class Invitation(Value):
     nodes: int  # how many may join by it
     addons: tuple[str, ...]  # what these nodes may switch on
     expires_at_s: float
+    cluster: str = DEFAULT_CLUSTER  # that they join
+    is_for_relay: bool = False  # lets the relay of the cluster join, and no node
 
 
 class NodeCertificate(Value):
-    """A certificate that the cluster has signed for a node."""
+    """A certificate that the authority has signed for a node, or for a cluster's relay."""
 
     serial: str  # hex
     node_id: NodeId
@@ -39,6 +45,7 @@ class NodeCertificate(Value):
     not_before_s: float
     not_after_s: float
     pem: str
+    cluster: str = DEFAULT_CLUSTER  # that it is of
 
 
 class PeerCertificate(Value):
@@ -48,9 +55,53 @@ class PeerCertificate(Value):
     name: str  # the node's id
 
 
+class Caller(Value):
+    """Who is at the other side of a connection."""
+
+    peer: PeerCertificate | None = None  # a node's, as it has shown it to us or to its cluster's relay
+    relay: PeerCertificate | None = None  # of the relay that it comes through
+    cluster: str = DEFAULT_CLUSTER  # that a relay says it is, where nothing is encrypted
+
+
+def relay_id(cluster: str) -> NodeId:
+    """Whom a relay's certificate names. No node has such an id: theirs have no dots."""
+    return NodeId(f"{_RELAY}{cluster}")
+
+
+def is_relay(name: str) -> bool:
+    """Whether a certificate's name is that of a relay."""
+    return name.startswith(_RELAY)
+
+
 def renewal_due(not_before_s: float, not_after_s: float, now_s: float) -> bool:
     """Whether two thirds of a certificate's life are over."""
     return now_s >= not_before_s + (not_after_s - not_before_s) * 2 / 3
+
+
+def check_addressee(invitation: Invitation, cluster: str, *, is_for_relay: bool) -> None:
+    """Refuse somebody whom the invitation is not for.
+
+    Args:
+        invitation: whose secret it knows.
+        cluster: that it wants to join, or that it wants to be.
+        is_for_relay: whether it wants to be the cluster's relay.
+
+    Raises:
+        FlopsError: ``join_refused``.
+    """
+    if invitation.is_for_relay != is_for_relay:
+        wanted = (
+            "a cluster, and this is a node" if invitation.is_for_relay else "nodes, and this is a cluster"
+        )
+        raise join_refused(
+            f"it is for {wanted}",
+            hint="`flops cluster invite` makes tokens for `flops cluster up`, `flops node invite` for nodes.",
+        )
+    if invitation.cluster != cluster:
+        raise join_refused(
+            f"it is for the cluster {invitation.cluster}, and this is {cluster}",
+            hint="`flops node invite --cluster NAME` makes tokens for another cluster's nodes.",
+        )
 
 
 def check_join(
@@ -103,6 +154,12 @@ def check_peer(peer: PeerCertificate, certificate: NodeCertificate | None, now_s
     return certificate
 
 
-def certificate_refused(node: str, why: str) -> FlopsError:
-    """The error of a certificate that is not accepted; `why` goes on after its node."""
-    return FlopsError(ErrorCode.CERTIFICATE_REFUSED, f"The certificate of node {node} {why}.")
+def certificate_refused(name: str, why: str) -> FlopsError:
+    """The error of a certificate that is not accepted; `why` goes on after whose it is."""
+    if not is_relay(name):
+        return FlopsError(ErrorCode.CERTIFICATE_REFUSED, f"The certificate of node {name} {why}.")
+    return FlopsError(
+        ErrorCode.CERTIFICATE_REFUSED,
+        f"The certificate of the cluster {name.removeprefix(_RELAY)} {why}.",
+        hint="Join anew: `flops cluster invite NAME` there, `flops cluster up --token TOKEN` here.",
+    )

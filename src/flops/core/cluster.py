@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.ids import Digest, NodeId, ServiceId
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
@@ -80,7 +81,7 @@ class Node(Value):
 
     id: NodeId
     name: str
-    cluster: str = "default"
+    cluster: str = DEFAULT_CLUSTER
     facts: NodeFacts = NodeFacts()
     load: NodeLoad = NodeLoad()
     addons: tuple[Addon, ...] = ()

@@ -16,10 +16,11 @@ from starlette.routing import compile_path
 from flops import __version__
 from flops.core.sla import MockDataSla, ProjectSla
 from flops.errors import ErrorCode, FlopsError
+from flops.manager.cluster_routes import ClusterDesk, OneCluster, build_cluster_routes
 from flops.manager.engine import Engine
 from flops.manager.gate import Gate, error_response
 from flops.manager.images import ImageShelf
-from flops.manager.routes import Invite, build_authority, build_invitations, build_routes, nobody_is_invited
+from flops.manager.routes import build_authority, build_routes
 from flops.ports import BlobStreams
 from flops.wire.join import MANAGER_AUTHORITY_PATH
 from flops.wire.rest import ControlStatus, ErrorBody, Message
@@ -35,7 +36,7 @@ def build_app(
     status: Callable[[], ControlStatus],
     blobs: BlobStreams,
     images: ImageShelf,
-    invite: Invite = nobody_is_invited,
+    clusters: ClusterDesk | None = None,
     authority: str = "",
 ) -> FastAPI:
     """Build the REST application.
@@ -47,7 +48,7 @@ def build_app(
         status: tells the state of the control plane; quick, and called on several threads.
         blobs: take the datasets that users send along.
         images: those in the registry.
-        invite: makes tokens for nodes.
+        clusters: those that have joined, and how others join; None for no further ones.
         authority: certificate that the manager is known by, PEM; "" when there is none of our own.
     """
     app = FastAPI(
@@ -65,7 +66,7 @@ def build_app(
         return Message(message="ok")
 
     app.include_router(build_routes(engine, status, blobs, images))
-    app.include_router(build_invitations(invite))
+    app.include_router(build_cluster_routes(engine, clusters or OneCluster()))
     app.include_router(build_authority(authority))
     _describe(app)
 

@@ -29,8 +29,6 @@ from flops.wire.rest import (
     ControlStatus,
     DeployRequest,
     ImageList,
-    InvitationMade,
-    InvitationRequest,
     Message,
     MockDataCreated,
     MockDataList,
@@ -57,18 +55,6 @@ _MOCK_BODY = {
 
 def _json_body(schema: dict[str, Any], *, is_required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": is_required, "content": {"application/json": {"schema": schema}}}}
-
-
-Invite = Callable[[InvitationRequest], InvitationMade]
-
-
-def nobody_is_invited(_wanted: InvitationRequest) -> InvitationMade:
-    """Of a manager without a cluster that takes tokens.
-
-    Raises:
-        FlopsError: ``conflict``.
-    """
-    raise FlopsError(ErrorCode.CONFLICT, "Nodes join this cluster without a token.")
 
 
 def build_routes(
@@ -242,18 +228,6 @@ def _add_cluster(router: APIRouter, engine: Engine, status: Callable[[], Control
     def show_tracking_server() -> TrackingServer:
         """Where the MLflow server is; the same for every customer."""
         return TrackingServer(tracking_server_url=status().tracking_url)
-
-
-def build_invitations(invite: Invite) -> APIRouter:
-    """The endpoint by which nodes are invited."""
-    router = APIRouter(prefix="/api/flops")
-
-    @router.post("/invitations", tags=["cluster"])
-    def invite_nodes(wanted: InvitationRequest | None = None) -> InvitationMade:
-        """Make a token by which nodes join a cluster that encrypts."""
-        return invite(wanted or InvitationRequest())
-
-    return router
 
 
 def build_authority(certificate: str) -> APIRouter:

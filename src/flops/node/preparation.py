@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flops.actor import ActorContext
 from flops.core.cluster import ServiceKind, ServiceSpec
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.ids import Digest, ServiceId
 from flops.core.reach import Reach
 from flops.disclosure import Disclosure
@@ -76,6 +77,7 @@ class NodeSite:
         images_dir: folder of what images are made of.
         data_dir: folder of the data server's tags, which learners may read theirs of.
         inherited: the daemon's environment variables.
+        cluster: the name of its cluster.
         authority: certificate of the cluster's authority, "" where it does not encrypt.
         disclosure: what the operator lets others see when users' code fails here.
         has_open_network: users' code may dial any address here.
@@ -89,6 +91,7 @@ class NodeSite:
     images_dir: Path
     inherited: Mapping[str, str]
     data_dir: Path | None = None
+    cluster: str = DEFAULT_CLUSTER
     authority: str = ""
     disclosure: Disclosure = Disclosure.FULL
     has_open_network: bool = False
@@ -164,6 +167,7 @@ class Preparer:
             data_address=address,
             data_token=token,
             data_dir=str(self.site.data_dir) if self.site.data_dir and address else "",
+            cluster=self.site.cluster,
             authority=self.site.authority,
             key=spec.key if self.site.authority else "",
             identity=self._identity_of(spec, folder),

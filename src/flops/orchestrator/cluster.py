@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from flops.core.admission import NodeCertificate, PeerCertificate, certificate_refused
+from flops.core.admission import Caller, NodeCertificate, certificate_refused
 from flops.core.cluster import (
     NODE_LOST_AFTER_S,
     Addon,
@@ -80,9 +80,12 @@ class NodeLink(Protocol):
 class NodeSession:
     """A node's accepted connection, as `ClusterOrchestrator.connect` returns it."""
 
-    def __init__(self, node_id: NodeId, link: NodeLink, certificate: NodeCertificate | None = None) -> None:
+    def __init__(
+        self, node_id: NodeId, link: NodeLink, cluster: str, certificate: NodeCertificate | None = None
+    ) -> None:
         self.node_id = node_id
         self.link = link
+        self.cluster = cluster
         self.certificate = certificate  # None where the cluster does not encrypt
 
 
@@ -94,7 +97,6 @@ class ClusterOrchestrator:
     Args:
         store: what survives a restart.
         clock: tells when a node was heard last.
-        name: the cluster's name, told to nodes.
         logs_timeout_s: how long a node may take to send a service's output.
         admission: knows the certificates of nodes; None where the cluster's port is not encrypted.
     """
@@ -104,14 +106,12 @@ class ClusterOrchestrator:
         store: ClusterStore,
         clock: Clock,
         *,
-        name: str = "default",
         logs_timeout_s: float = ANSWER_TIMEOUT_S,
         admission: Admission | None = None,
     ) -> None:
         self._store = store
-        self._admission = admission
+        self.admission = admission
         self._clock = clock
-        self._name = name
         self._lock = threading.Lock()
         self._records = ClusterRecords(store, clock)
         self._sessions: dict[NodeId, NodeSession] = {}
@@ -151,10 +151,10 @@ class ClusterOrchestrator:
             if node is None:
                 raise FlopsError(ErrorCode.NODE_NOT_FOUND, f"Node {node_id} is unknown.")
             services = [s for s in self._records.services_of(node_id) if not s.status.state.is_final]
-            is_member = self._admission is not None and self._admission.is_member(node_id)
+            is_member = self.admission is not None and self.admission.is_member(node_id)
             check_removal(node, services, is_forced=is_forced, is_locked_out=is_member)
-            if self._admission is not None:
-                self._admission.expel(node_id)
+            if self.admission is not None:
+                self.admission.expel(node_id)
             for service in services:  # the node comes last: after a kill, the removal can be repeated
                 self._records.put_status(service, status_when_node_removed(service, node.name))
                 self._send(node_id, RemoveService(service_id=service.spec.id))
@@ -257,13 +257,13 @@ class ClusterOrchestrator:
 
     # Connections of nodes
 
-    def connect(self, hello: Hello, link: NodeLink, peer: PeerCertificate | None = None) -> NodeSession:
+    def connect(self, hello: Hello, link: NodeLink, caller: Caller | None = None) -> NodeSession:
         """Accept a node's connection and send it `Welcome`; an earlier connection of the same node ends.
 
         Args:
             hello: what the node says first.
             link: our end of the connection.
-            peer: the certificate that it has shown.
+            caller: who it is by its certificate, and which cluster it comes through.
 
         Raises:
             FlopsError: ``conflict`` for another protocol version, ``usage`` for a node without id or name,
@@ -271,8 +271,10 @@ class ClusterOrchestrator:
         """
         _check(hello)
         with self._changing():  # so that no node joins while it is removed
-            certificate = self._admission.admit(peer, hello.node_id) if self._admission is not None else None
-            session = NodeSession(NodeId(hello.node_id), link, certificate)
+            caller = caller or Caller()
+            certificate = self.admission.admit(caller, hello.node_id) if self.admission is not None else None
+            cluster = certificate.cluster if certificate is not None else caller.cluster
+            session = NodeSession(NodeId(hello.node_id), link, cluster, certificate)
             _check_addons(session, hello.addons, hello.name)
             self._drop(session.node_id, _replaced(hello))
             self._take_hello(session, hello)
@@ -347,7 +349,7 @@ class ClusterOrchestrator:
         node = Node(
             id=session.node_id,
             name=hello.name,
-            cluster=self._name,
+            cluster=session.cluster,
             facts=hello.facts,
             load=known.load if known else NodeLoad(),
             addons=hello.addons,
@@ -371,16 +373,16 @@ class ClusterOrchestrator:
         services = self._records.services_of(node_id)
         lines = self._records.lines
         return Welcome(
-            cluster=self._name,
+            cluster=self._records.nodes[node_id].cluster,
             services=tuple(self._with_key(service.spec) for service in services),
             stopping=tuple(service.spec.id for service in services if not may_run(service)),
             acknowledged={s.spec.id: lines[s.spec.id] for s in services if s.spec.id in lines},
         )
 
     def _with_key(self, spec: ServiceSpec) -> ServiceSpec:
-        if self._admission is None:
+        if self.admission is None:
             return spec
-        return spec.model_copy(update={"key": self._admission.service_key(spec.id)})
+        return spec.model_copy(update={"key": self.admission.service_key(spec.id)})
 
     def _take_heartbeat(self, session: NodeSession, heartbeat: Heartbeat) -> None:
         _check_addons(session, heartbeat.addons, self._records.nodes[session.node_id].name)

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from flops.core.admission import PeerCertificate
+from flops.core.admission import Caller
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.cluster import ClusterOrchestrator, NodeSession
-from flops.orchestrator.port_guard import invalid_from_node, peer_of
+from flops.orchestrator.port_guard import caller_of, invalid_from_node
 from flops.wire.node import FROM_NODE, FromCluster, FromNode, Hello, Refused
 
 HELLO_TIMEOUT_S = 10.0
@@ -120,8 +120,8 @@ async def serve_node(websocket: WebSocket, orchestrator: ClusterOrchestrator, ca
     try:
         hello = await _next_message(websocket, link.pump, timeout_s=HELLO_TIMEOUT_S)
         if hello is not None:
-            peer = peer_of(websocket.scope)
-            session = await call(functools.partial(_connect, orchestrator, hello, link, peer))
+            caller = caller_of(websocket.scope)
+            session = await call(functools.partial(_connect, orchestrator, hello, link, caller))
             await _take_messages(websocket, link.pump, orchestrator, session, call)
     except FlopsError as error:
         _log.warning("the connection of a node is refused: %s", error)
@@ -177,11 +177,11 @@ def _parse(text: str | None) -> FromNode:
 
 
 def _connect(
-    orchestrator: ClusterOrchestrator, message: FromNode, link: SocketLink, peer: PeerCertificate | None
+    orchestrator: ClusterOrchestrator, message: FromNode, link: SocketLink, caller: Caller
 ) -> NodeSession:
     if not isinstance(message, Hello):
         raise FlopsError(ErrorCode.USAGE, f"The node's first message is {message.type}, not hello.")
-    return orchestrator.connect(message, link, peer)
+    return orchestrator.connect(message, link, caller)
 
 
 def _close_text(reason: str) -> str:

@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flops.core.admission import PeerCertificate
+from flops.core.admission import Caller, PeerCertificate, is_relay
 from flops.core.cluster import Service, ServiceKind
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.admission import Admission
@@ -24,15 +25,22 @@ from flops.wire.flight import DATA_SERVER
 from flops.wire.http_credentials import basic_credentials
 from flops.wire.join import (
     AUTHORITY_PATH,
+    CLUSTER_HEADER,
+    CLUSTER_JOIN_PATH,
+    CLUSTER_RENEWAL_PATH,
     JOIN_PATH,
+    NODE_HEADER,
     PEER_EXTENSION,
+    PRESENCE_PATH,
     RENEWAL_PATH,
     SERVICE_PATH,
     AuthorityShown,
     CertificateSigned,
+    ClusterJoinRequest,
     JoinRequest,
     RenewalRequest,
     ServiceCertificateRequest,
+    read_node_header,
 )
 from flops.wire.services import TRACKING_PATH
 
@@ -43,6 +51,20 @@ _LONGEST_REQUEST = 64 * 1024
 _log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Value)
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Who is at the other side of a connection; of what a relay passes on, the node behind it.
+
+    What stands in the headers of anybody else than a relay counts only where no certificates are asked for.
+    """
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    cluster = headers.get(CLUSTER_HEADER.encode(), DEFAULT_CLUSTER)
+    shown = peer_of(scope)
+    if shown is None or not is_relay(shown.name):
+        return Caller(peer=shown, cluster=cluster)
+    behind = read_node_header(headers.get(NODE_HEADER.encode(), ""))
+    return Caller(peer=None if behind is None or is_relay(behind.name) else behind, relay=shown)
 
 
 def peer_of(scope: Scope) -> PeerCertificate | None:
@@ -90,33 +112,45 @@ class PortGuard:
 
     async def _answer(self, scope: Scope, receive: Receive) -> Response | None:
         """The answer to what is about certificates; None for what is let through."""
-        method, path, peer = scope["method"], scope["path"], peer_of(scope)
+        method, path, caller = scope["method"], scope["path"], caller_of(scope)
         if (method, path) == ("GET", AUTHORITY_PATH):
             return JSONResponse(AuthorityShown(certificate=self._admission.authority_pem).model_dump())
         if (method, path) == ("POST", JOIN_PATH):
-            wanted = await _read(JoinRequest, scope, receive)
-            signed = await self._call(lambda: self._admission.join(wanted))
+            wanted = await read_body(JoinRequest, scope, receive)
+            signed = await self._call(lambda: self._admission.join(wanted, caller))
             return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
         if (method, path) == ("POST", RENEWAL_PATH):
-            renewal = await _read(RenewalRequest, scope, receive)
-            signed = await self._call(lambda: self._admission.renew(peer, renewal.signing_request))
+            renewal = await read_body(RenewalRequest, scope, receive)
+            signed = await self._call(lambda: self._admission.renew(caller, renewal.signing_request))
+            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
+        if (method, path) == ("POST", CLUSTER_JOIN_PATH):
+            relay = await read_body(ClusterJoinRequest, scope, receive)
+            signed = await self._call(lambda: self._admission.join_relay(relay))
+            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
+        if (method, path) == ("POST", CLUSTER_RENEWAL_PATH):
+            renewal = await read_body(RenewalRequest, scope, receive)
+            signed = await self._call(lambda: self._admission.renew_relay(caller, renewal.signing_request))
             return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
         if (method, path) == ("POST", SERVICE_PATH):
-            asked = await _read(ServiceCertificateRequest, scope, receive)
-            certify = functools.partial(self._admission.certify_data_server, peer, asked.signing_request)
+            asked = await read_body(ServiceCertificateRequest, scope, receive)
+            certify = functools.partial(self._admission.certify_data_server, caller, asked.signing_request)
             if asked.service_id != DATA_SERVER:
                 service, request = self._running(asked.service_id), asked.signing_request
-                certify = functools.partial(self._admission.certify_service, peer, service, request)
+                certify = functools.partial(self._admission.certify_service, caller, service, request)
             return JSONResponse(CertificateSigned(certificate=await self._call(certify)).model_dump())
         if path not in _OPEN:
-            await self._check(scope, peer)
+            await self._check(scope, caller)
         return None
 
-    async def _check(self, scope: Scope, peer: PeerCertificate | None) -> None:
-        is_tracking = scope["path"].startswith(f"{TRACKING_PATH}/")
-        if not is_tracking and (peer is not None or not scope["path"].startswith(_FOR_SERVICES)):
-            await self._call(lambda: self._admission.check(peer))
+    async def _check(self, scope: Scope, caller: Caller) -> None:
+        if scope["path"] == PRESENCE_PATH:
+            await self._call(lambda: self._admission.check_relay(caller))
             return
+        is_tracking = scope["path"].startswith(f"{TRACKING_PATH}/")
+        if not is_tracking and (caller.peer is not None or not scope["path"].startswith(_FOR_SERVICES)):
+            await self._call(lambda: self._admission.check(caller))
+            return
+        await self._call(lambda: self._admission.cluster_of(caller))
         service_id, key = basic_credentials(scope)
         if not key:
             raise FlopsError(
@@ -139,7 +173,12 @@ class PortGuard:
             )
 
 
-async def _read(model: type[M], scope: Scope, receive: Receive) -> M:
+async def read_body(model: type[M], scope: Scope, receive: Receive) -> M:
+    """The body of a request, as a model.
+
+    Raises:
+        FlopsError: ``usage``.
+    """
     body = b""
     async for piece in Request(scope, receive).stream():
         body += piece

@@ -225,7 +225,8 @@ class Training:
         )
         if self._context.blobs_url:
             bundle, url = pack(folder), self._context.blobs_url
-            options = http_options(self._context.authority, self._context.service_id, self._context.key)
+            context = self._context
+            options = http_options(context.authority, context.service_id, context.key, context.cluster)
             digest = store_bundle(
                 bundle, url, _STORE_PATIENCE_S, away_patience_s=_AWAY_PATIENCE_S, options=options
             )

@@ -1,7 +1,7 @@
 """TLS to a cluster: its own authority is trusted and nobody else, and it is known by its name in there.
 
 A cluster may be reached at any address, behind NAT, and at another one tomorrow. What makes it the cluster is
-the certificate that its authority signed for `CLUSTER_NAME`; nodes' certificates have other names.
+the certificate that its authority signed for its `server_name`; nodes' certificates have other names.
 """
 
 from __future__ import annotations
@@ -11,25 +11,38 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.errors import ErrorCode, FlopsError
 
-CLUSTER_NAME = "cluster.flops.internal"
+_DOMAIN = "cluster.flops.internal"
 MANAGER_NAME = "manager.flops.internal"  # beside the addresses at which it listens
 _PEM_END = "-----END CERTIFICATE-----"
 
 
-class NamedTls(ssl.SSLContext):
-    """Expects the other side to have a name, the cluster's, whatever address was dialled."""
+def server_name(cluster: str) -> str:
+    """The name in the certificate of a cluster's port: no cluster can play another one."""
+    return _DOMAIN if cluster == DEFAULT_CLUSTER else f"{cluster}.{_DOMAIN}"
 
-    expected = CLUSTER_NAME
+
+class NamedTls(ssl.SSLContext):
+    """Expects the other side to have a name, a cluster's, whatever address was dialled."""
+
+    expected = _DOMAIN
 
     def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
         """As of the base class, with the expected name."""
         return super().wrap_socket(*arguments, **{**options, "server_hostname": self.expected})
 
-    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
         """Likewise."""
-        return super().wrap_bio(*arguments, **{**options, "server_hostname": self.expected})
+        return super().wrap_bio(incoming, outgoing, server_side, self.expected, session)
 
 
 class _ManagerTls(NamedTls):
@@ -57,18 +70,20 @@ def manager_tls(authority: str) -> NamedTls:
     return context
 
 
-def cluster_tls(authority: str, identity: Path | None = None) -> NamedTls:
+def cluster_tls(authority: str, identity: Path | None = None, cluster: str = DEFAULT_CLUSTER) -> NamedTls:
     """How to speak to the cluster of an authority.
 
     Args:
         authority: its certificate, PEM.
         identity: file with a node's key and certificate, to show them.
+        cluster: the name of the cluster that is dialled.
 
     Raises:
         FlopsError: ``file_unreadable``.
     """
     context = NamedTls(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.expected = server_name(cluster)
     try:
         context.load_verify_locations(cadata=authority)
         if identity is not None:
@@ -83,15 +98,16 @@ def cluster_tls(authority: str, identity: Path | None = None) -> NamedTls:
     return context
 
 
-def http_options(authority: str, service_id: str, key: str) -> dict[str, Any]:
+def http_options(authority: str, service_id: str, key: str, cluster: str) -> dict[str, Any]:
     """Options of an HTTP client that speaks to the cluster as a service; none where it does not encrypt.
 
     Args:
         authority: certificate of the cluster's authority, or "".
         service_id: who it is.
         key: what the cluster knows it by.
+        cluster: the cluster's name.
     """
-    return {"verify": cluster_tls(authority), "auth": (service_id, key)} if authority else {}
+    return {"verify": cluster_tls(authority, cluster=cluster), "auth": (service_id, key)} if authority else {}
 
 
 def tls_problem(

@@ -17,6 +17,9 @@
 | GET /api/flops/mocks | | `MockDataList` |
 | GET /api/flops/nodes | | `NodeList` |
 | DELETE /api/flops/nodes/{name or id}?force=false | | `Message` |
+| GET /api/flops/clusters | | `ClusterList` |
+| POST /api/flops/clusters/{name}/invitation | `ClusterInvitationRequest`, optional | likewise `…Made` |
+| DELETE /api/flops/clusters/{name}?force=false | | `Message` |
 | POST /api/flops/invitations | `InvitationRequest`, optional | `InvitationMade` |
 | GET /api/flops/services | | `ServiceList` |
 | GET /api/flops/models | | `ModelList` |
@@ -42,6 +45,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, Service
+from flops.core.clusters import DEFAULT_CLUSTER
+from flops.core.federation import ClusterSummary
 from flops.core.health import ExaminedNode
 from flops.core.model import StrictValue, Value
 from flops.core.project import MockData, Project
@@ -146,6 +151,7 @@ class InvitationRequest(StrictValue):
     for_s: Annotated[float, Field(gt=0, le=366 * 86_400)] = 3_600.0
     addons: tuple[str, ...] = (LEARNER_ADDON, IMAGE_BUILDER_ADDON)
     address: str | None = None  # at which the nodes reach the cluster; where it listens if not given
+    cluster: str = DEFAULT_CLUSTER  # that they join
 
 
 class InvitationMade(Value):
@@ -155,6 +161,27 @@ class InvitationMade(Value):
     cluster: str  # host:port
     nodes: int
     addons: tuple[str, ...]
+
+
+class ClusterList(Value):
+    """All clusters, connected or not, the manager's own first."""
+
+    clusters: tuple[ClusterSummary, ...]
+
+
+class ClusterInvitationRequest(StrictValue):
+    """How long a further cluster may take to join, and where it reaches the manager's cluster."""
+
+    for_s: Annotated[float, Field(gt=0, le=366 * 86_400)] = 3_600.0
+    address: str | None = None  # where it listens if not given
+
+
+class ClusterInvitationMade(Value):
+    """A token for the relay of a further cluster, shown once."""
+
+    token: str
+    name: str
+    manager: str  # host:port of the manager's cluster
 
 
 class ServiceList(Value):

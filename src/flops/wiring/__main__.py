@@ -16,6 +16,7 @@ PROCESSES: Mapping[str, tuple[str, str]] = {
     "control-plane": ("flops.wiring.control_plane", "run_control_plane"),
     "data-server": ("flops.wiring.data", "run_data_server"),
     "mock-data-provider": ("flops.wiring.services", "run_mock_data_provider"),
+    "relay": ("flops.wiring.relay", "run_relay"),
     "node": ("flops.wiring.node", "run_node_daemon"),
 }
 

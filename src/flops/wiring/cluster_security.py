@@ -8,9 +8,10 @@ from pathlib import Path
 from flops.adapters.certificates import FileAuthority
 from flops.adapters.sql_admission import SqlAdmissionStore
 from flops.control.lifetime import AUTHORITY_FILE
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.orchestrator.admission import Admission
 from flops.ports import Clock
-from flops.wire.cluster_tls import CLUSTER_NAME
+from flops.wire.cluster_tls import server_name
 from flops.wiring.server_certificate import signed_certificate
 
 IDENTITY_FILE = "identity.pem"
@@ -35,7 +36,7 @@ class ClusterSecurity:
         self._store = SqlAdmissionStore(folder / _STORE_FILE)
         self.admission = Admission(self._store, authority, clock, secret=secret, life_s=life_s)
         self._certificate = signed_certificate(
-            authority, folder / IDENTITY_FILE, CLUSTER_NAME, clock, life_s, takes_clients=True
+            authority, folder / IDENTITY_FILE, server_name(DEFAULT_CLUSTER), clock, life_s, takes_clients=True
         )
         self.tls: ssl.SSLContext = self._certificate.tls
 

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 import flops
+from flops.adapters.cluster_register import FileClusterRegister
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.git_repos import GitRepos
 from flops.adapters.http_server import HttpServer, listen
@@ -28,6 +29,7 @@ from flops.control.kept_ports import KeptPorts
 from flops.control.lifetime import (
     ADMIN_TOKEN_FILE,
     CLUSTER_FILE,
+    CLUSTERS_FILE,
     IMAGES_FOLDER,
     PACKAGES_FOLDER,
     PROJECTS_FILE,
@@ -35,11 +37,11 @@ from flops.control.lifetime import (
     TRACKING_FOLDER,
     run_until_told,
 )
-from flops.core.address import reached_elsewhere, reached_here, with_port
+from flops.core.address import reached_here, with_port
+from flops.core.clusters import DEFAULT_CLUSTER, Cluster
 from flops.core.health import is_loopback
 from flops.core.sla import Packaging
 from flops.durable_file import keep_token, remove_unfinished
-from flops.errors import ErrorCode, FlopsError
 from flops.log import configure_logging
 from flops.manager.app import build_app as build_manager_app
 from flops.manager.engine import Engine
@@ -49,13 +51,15 @@ from flops.manager.retention import DAY_S, Retention, RetentionOptions
 from flops.manager.tracking_door import TrackingDoor
 from flops.orchestrator.app import build_app as build_cluster_app
 from flops.orchestrator.cluster import ClusterOrchestrator
+from flops.orchestrator.clusters import Clusters
 from flops.orchestrator.packages import PackageCache
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
 from flops.settings import ControlSettings, inherited_environment
-from flops.wire.rest import ControlStatus, InvitationMade, InvitationRequest
+from flops.wire.rest import ControlStatus
 from flops.wire.services import TRACKING_PATH
 from flops.wiring.cluster_port import guarded, with_registry
+from flops.wiring.federation import Federation
 from flops.wiring.manager_certificate import ManagerTls, open_manager_tls
 from flops.wiring.tracking_proxy import beside_cluster, with_tracking
 
@@ -82,6 +86,16 @@ def _parse(arguments: list[str]) -> dict[str, str]:
 def _open_images(folder: Path) -> tuple[FileBlobs, Repositories]:
     blobs = FileBlobs(folder / "blobs")
     return blobs, Repositories(folder / "names", blobs)
+
+
+def _open_repos(folder: Path, blobs: FileBlobs) -> GitRepos:
+    return GitRepos(
+        blobs,
+        folder / "repositories",
+        environ=inherited_environment(),
+        mlflow_version=version("mlflow"),
+        platform=this_platform(),
+    )
 
 
 def _open_packages(
@@ -146,7 +160,7 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
     image_blobs, images = _open_images(folder / IMAGES_FOLDER)
     registry = build_registry(image_blobs, images, clock)
     served = (orchestrator, blobs, packages, registry, tracking.url)
-    cluster = _serve_cluster(settings, ports, served, security)
+    cluster, clusters = _serve_cluster(settings, ports, served, security)
     parts.callback(cluster.close)
 
     store = SqlProjectStore(folder / PROJECTS_FILE)
@@ -185,14 +199,13 @@ def _start(settings: ControlSettings, parts: ExitStack) -> Mapping[str, Any]:
         )
 
     shelf = _open_shelf(settings, store, images, engine, orchestrator)
-    invite = _invite(settings, security, lambda: cluster.port)
     app = build_manager_app(
         engine,
         token=token,
         status=status,
         blobs=blobs,
         images=shelf,
-        invite=invite,
+        clusters=Federation(settings, clusters, orchestrator.admission, cluster.port),
         authority=tls.authority,
     )
     safe = with_tracking(app, tracking.url, partial(TrackingDoor, token=token))
@@ -218,16 +231,6 @@ def _start_tracking(settings: ControlSettings, ports: KeptPorts, parts: ExitStac
     return tracking
 
 
-def _open_repos(folder: Path, blobs: FileBlobs) -> GitRepos:
-    return GitRepos(
-        blobs,
-        folder / "repositories",
-        environ=inherited_environment(),
-        mlflow_version=version("mlflow"),
-        platform=this_platform(),
-    )
-
-
 def _manager_url(settings: ControlSettings, tls: ManagerTls, port: int) -> str:
     scheme = "http" if tls.context is None else "https"
     return f"{scheme}://{with_port(reached_here(settings.host), port)}"
@@ -245,16 +248,34 @@ def _open_orchestrator(
     return ClusterOrchestrator(SqlClusterStore(folder / CLUSTER_FILE), clock, admission=admission)
 
 
+def _own_cluster(settings: ControlSettings, port: int) -> Cluster:
+    return Cluster(
+        name=DEFAULT_CLUSTER,
+        address=f"{settings.cluster_host}:{port}",
+        version=flops.__version__,
+        last_seen_s=SystemClock().now_s(),
+        is_connected=True,
+    )
+
+
 def _serve_cluster(
     settings: ControlSettings,
     ports: KeptPorts,
     served: tuple[ClusterOrchestrator, FileBlobs, Sequence[BaseRoute], Starlette, str],
     security: ClusterSecurity | None,
-) -> HttpServer:
-    """Serve nodes, blobs and the registry of images on the port that nodes dial."""
+) -> tuple[HttpServer, Clusters]:
+    """Serve nodes, further clusters, blobs and the registry of images on the port that nodes dial."""
     orchestrator, blobs, packages, registry, tracking_url = served
+
+    def own() -> Cluster:
+        return _own_cluster(settings, cluster.port)
+
+    register = FileClusterRegister(settings.control_dir / CLUSTERS_FILE)
+    clusters = Clusters(register, orchestrator, SystemClock(), own)
     max_bytes = settings.max_blob_mb * 1024**2
-    app = build_cluster_app(orchestrator, blobs, max_blob_bytes=max_bytes, more=packages)
+    app = build_cluster_app(
+        orchestrator, blobs, max_blob_bytes=max_bytes, more=[*packages, *clusters.routes()]
+    )
     app = with_registry(app, registry)
     if _leads_to_tracking(settings):
         app = with_tracking(app, tracking_url, beside_cluster)
@@ -263,7 +284,7 @@ def _serve_cluster(
     tls = security.tls if security is not None else None
     cluster = HttpServer(app, settings.cluster_host, ports.wanted("cluster", settings.cluster_port), tls=tls)
     cluster.start()
-    return cluster
+    return cluster, clusters
 
 
 def _open_security(settings: ControlSettings, parts: ExitStack, clock: SystemClock) -> ClusterSecurity | None:
@@ -280,28 +301,6 @@ def _open_security(settings: ControlSettings, parts: ExitStack, clock: SystemClo
     parts.callback(security.close)
     security.start()
     return security
-
-
-def _invite(
-    settings: ControlSettings, security: ClusterSecurity | None, port: Callable[[], int]
-) -> Callable[[InvitationRequest], InvitationMade]:
-    """Makes tokens for nodes."""
-
-    def invite(wanted: InvitationRequest) -> InvitationMade:
-        if security is None:
-            raise FlopsError(
-                ErrorCode.CONFLICT,
-                f"The cluster at {settings.cluster_host} does not encrypt: nodes join it without a token.",
-                hint="FLOPS_CLUSTER_HOST names an address that other machines reach; see docs/security.md.",
-            )
-        host = reached_elsewhere(settings.cluster_host, wanted.address, "The cluster")
-        cluster = with_port(host, port())
-        token = security.admission.invite(
-            cluster, nodes=wanted.nodes, for_s=wanted.for_s, addons=wanted.addons
-        )
-        return InvitationMade(token=token.text(), cluster=cluster, nodes=wanted.nodes, addons=wanted.addons)
-
-    return invite
 
 
 def _build_retention(

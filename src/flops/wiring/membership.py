@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flops.adapters.node_link import WebSocketLink, client_tls, dial_cluster
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.health import is_loopback
 from flops.core.ids import ServiceId
 from flops.errors import ErrorCode, FlopsError
@@ -16,7 +18,8 @@ from flops.node.paths import NodePaths
 from flops.ports import Clock
 from flops.wire.cluster_tls import cluster_tls
 
-_RETRY_S = 60.0  # after a renewal that failed
+if TYPE_CHECKING:
+    from flops.wiring.renewal import RenewedIdentity
 
 _log = logging.getLogger(__name__)
 
@@ -40,16 +43,17 @@ class Membership:
         self.cluster = conf.cluster
         self.tls: ssl.SSLContext | None = None
         self.authority = ""
-        self._next_try_s = 0.0
-        self._identity = None
+        self.cluster_name = DEFAULT_CLUSTER
+        self._identity: RenewedIdentity | None = None
         if paths.identity.exists():
-            from flops.adapters.node_identity import read_identity
+            from flops.wiring.renewal import RenewedIdentity
 
-            self._identity = read_identity(paths.identity)
-        if self._identity is not None:
-            self.authority = self._identity.authority
-            self.tls = cluster_tls(self.authority, paths.identity)
-            self.node_id = self._identity.node_id
+            self._identity = RenewedIdentity(paths.identity, conf.cluster, clock)
+        if self._identity is not None and (present := self._identity.present) is not None:
+            self.authority = present.authority
+            self.cluster_name = present.cluster
+            self.tls = cluster_tls(self.authority, paths.identity, present.dials)
+            self.node_id = present.node_id
             return
         self.node_id = keep_node_id(paths.node_id)
         if conf.is_cluster_tls:
@@ -63,8 +67,8 @@ class Membership:
         Raises:
             FlopsError: see `dial_cluster`.
         """
-        if self.must_redial():
-            self._renew()
+        if self._identity is not None and self.tls is not None:
+            self._identity.renew([self.tls])
         return dial_cluster(self.cluster, tls=self.tls)
 
     def certify(self, service_id: ServiceId, path: Path) -> bool:
@@ -79,25 +83,7 @@ class Membership:
 
     def must_redial(self) -> bool:
         """Whether it is time to renew the certificate."""
-        if self._identity is None:
-            return False
-        now_s = self._clock.now_s()
-        return self._identity.is_due(now_s) and now_s >= self._next_try_s
-
-    def _renew(self) -> None:
-        from flops.adapters.node_identity import renew_identity
-
-        if self._identity is None or self.tls is None:
-            return
-        life_s = self._identity.not_after_s - self._identity.not_before_s
-        self._next_try_s = self._clock.now_s() + min(_RETRY_S, life_s / 10)
-        try:
-            self._identity = renew_identity(self._paths.identity, self.cluster)
-            self.tls.load_cert_chain(self._paths.identity)
-        except FlopsError as error:
-            _log.warning("the node's certificate is not renewed: %s", error)
-        else:
-            _log.info("the node's certificate is renewed")
+        return self._identity is not None and self._identity.is_due()
 
 
 def _allow_plain(conf: NodeConfiguration) -> None:

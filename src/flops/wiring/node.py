@@ -192,6 +192,7 @@ def build_daemon(paths: NodePaths, parts: NodeParts) -> NodeDaemon:
         images_dir=paths.images,
         inherited=inherited_environment(),
         data_dir=paths.data_server / TAGS_FOLDER,
+        cluster=membership.cluster_name,
         authority=membership.authority,
         disclosure=conf.disclosure,
         has_open_network=NodeSettings.read().open_network == "on",

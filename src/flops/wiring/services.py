@@ -79,7 +79,7 @@ def _fetch_blob(context: ActorContext, url: str, digest: Digest, path: Path) -> 
     from flops.adapters.blob_client import HttpBlobClient
     from flops.wire.cluster_tls import http_options
 
-    options = http_options(context.authority, context.service_id, context.key)
+    options = http_options(context.authority, context.service_id, context.key, context.cluster)
     HttpBlobClient(url, **options).fetch(digest, path)
 
 
@@ -119,7 +119,7 @@ def _open_tracker(context: ActorContext, uri: str) -> Tracker:
     public_uri = str(context.config.get("tracking_public_uri", ""))
     if uri != TRACKING_PATH:
         return MlflowTracker(uri, public_uri=public_uri)
-    options = http_options(context.authority, context.service_id, context.key)
+    options = http_options(context.authority, context.service_id, context.key, context.cluster)
     return MlflowTracker(urljoin(context.blobs_url, uri), public_uri=public_uri, **options)
 
 
@@ -211,7 +211,7 @@ def _cluster_registry(context: ActorContext) -> ClusterRegistry:
     url = urlsplit(context.blobs_url)
     tls = ssl.create_default_context() if url.scheme == "https" else None
     if context.authority:
-        tls = cluster_tls(context.authority)
+        tls = cluster_tls(context.authority, cluster=context.cluster)
     return ClusterRegistry(url.netloc, tls, user=context.service_id, password=context.key)
 
 

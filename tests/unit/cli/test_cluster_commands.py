@@ -36,7 +36,7 @@ def exit_code(code: ErrorCode) -> int:
 def test_nodes_are_listed_with_addons_and_tags(flops: Flops) -> None:
     outcome = flops("node", "list")
     lines = outcome.out.splitlines()
-    assert lines[0].split() == ["node", "state", "health", "addons", "data", "tags", "machine"]
+    assert lines[0].split() == ["node", "cluster", "state", "health", "addons", "data", "tags", "machine"]
     assert "FLOps-learner (healthy), image-builder (healthy)" in lines[1]
     assert "mnist (100 rows)" in lines[1]
     assert [node["name"] for node in flops("node", "list", "--format", "json").data] == ["alpha", "beta"]

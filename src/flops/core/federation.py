@@ -1,0 +1,47 @@
+"""What the clusters of a federation have, told by their nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from flops.core.cluster import Node
+from flops.core.clusters import Cluster
+
+
+class ClusterSummary(Cluster):
+    """A cluster with what its connected nodes have."""
+
+    nodes: int = 0
+    nodes_connected: int = 0
+    addons: dict[str, int] = Field(default_factory=dict)  # on how many nodes an addon is healthy
+    data_tags: dict[str, int] = Field(default_factory=dict)  # rows
+
+
+def summarize(clusters: Sequence[Cluster], nodes: Sequence[Node]) -> list[ClusterSummary]:
+    """All clusters, each with what its nodes have.
+
+    Args:
+        clusters: all clusters.
+        nodes: the nodes of all of them.
+    """
+    summaries = []
+    for cluster in clusters:
+        own = [node for node in nodes if node.cluster == cluster.name]
+        there = [node for node in own if node.is_connected]
+        rows: Counter[str] = Counter()
+        for tag in (tag for node in there for tag in node.data_tags):
+            rows[tag.name] += tag.rows
+        addons = Counter(a.name for node in there for a in node.addons if node.has_addon(a.name))
+        summaries.append(
+            ClusterSummary(
+                **dict(cluster),
+                nodes=len(own),
+                nodes_connected=len(there),
+                addons=dict(sorted(addons.items())),
+                data_tags=dict(sorted(rows.items())),
+            )
+        )
+    return summaries
