@@ -13,7 +13,9 @@ from flops.core.cluster import (
     Node,
     Resources,
 )
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.data_schemas import common_schema, schema_obstacle
+from flops.core.health import is_loopback
 from flops.core.ids import NodeId
 from flops.core.node_paces import pace_step
 from flops.core.platforms import Platform
@@ -108,10 +110,19 @@ def fast_first(nodes: Sequence[Node], paces: Mapping[str, float]) -> list[Node]:
 def place_aggregator(sla: ProjectSla, nodes: Sequence[Node]) -> NodeId:
     """Choose the node of the aggregator, in a hierarchical training of the root.
 
+    It is dialled from everywhere: one that is only reached on its own machine comes last, and other sites are
+    likelier to reach the manager's own cluster than each other.
+
     Raises:
         FlopsError: ``placement_impossible``.
     """
-    return _first_capable("the aggregator", sorted(nodes, key=_rank), aggregator_obstacle(sla))
+    is_spread = not all(is_loopback(node.facts.address) for node in nodes)
+
+    def reach(node: Node) -> tuple[bool, bool]:
+        return is_spread and is_loopback(node.facts.address), node.cluster != DEFAULT_CLUSTER
+
+    order = sorted(nodes, key=lambda node: (reach(node), _rank(node)))
+    return _first_capable("the aggregator", order, aggregator_obstacle(sla))
 
 
 def place_builder(nodes: Sequence[Node]) -> NodeId:

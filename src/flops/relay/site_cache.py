@@ -126,6 +126,8 @@ class SiteCache:
             end = min(stop, fetch.size, start + _CHUNK_BYTES)
             piece = await run_in_threadpool(fetch.read, start, end)
             if not piece:  # it has ended meanwhile
+                if fetch.error is not None:
+                    raise fetch.error
                 async for piece in self._stored(fetch.digest, start, stop):
                     yield piece
                 return

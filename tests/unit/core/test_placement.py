@@ -54,6 +54,21 @@ def test_learners_are_spread_and_powerful_nodes_come_first() -> None:
     assert place_project(sla_with(), list(reversed(nodes)), needs_build=True) == placement
 
 
+def test_the_aggregator_is_where_others_reach_it() -> None:
+    def node(name: str, address: str, cluster: str, cores: int) -> Node:
+        found = node_with(name, cores=cores).model_copy(update={"cluster": cluster})
+        return found.model_copy(update={"facts": found.facts.model_copy(update={"address": address})})
+
+    nodes = [
+        node("far", "10.1.0.2", "edge-a", 64),
+        node("hidden", "127.0.0.1", "default", 32),
+        node("near", "10.0.0.2", "default", 2),
+    ]
+    assert place_project(sla_with(), nodes, needs_build=False).aggregator == "id-near"
+    assert place_project(sla_with(), nodes[:2], needs_build=False).aggregator == "id-far"
+    assert place_project(sla_with(), nodes[1:2], needs_build=False).aggregator == "id-hidden"
+
+
 def test_nodes_are_doubled_up_evenly_only_when_there_are_too_few() -> None:
     nodes = [node_with("a"), node_with("b")]
     placement = place_project(sla_with(min_available_clients=5), nodes, needs_build=False)
