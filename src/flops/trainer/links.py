@@ -56,6 +56,7 @@ class Link:
     stream: Stream
     is_open: bool = True
     asked: int | None = None  # id of the instruction that is not answered yet
+    is_awaited: bool = False  # whether anybody still waits for that answer
     to_send: tuple[int, Instruction] | None = None
     answers: dict[int, Message] = field(default_factory=dict)
     held_bytes: int = 0  # that its answer takes here
@@ -175,16 +176,21 @@ class LearnerServer:
                 request = Request(link, next(self._ids))
                 link.asked, link.to_send = request.number, (request.number, instruction)
                 link.answers.clear()
-                link.held_bytes = 0
+                link.held_bytes, link.is_awaited = 0, True
                 requests.append(request)
             self._changed.notify_all()
         return requests
 
     def take(self, request: Request) -> tuple[Message | None, str]:
-        """The answer to a request, or None with the reason; the reason is empty while it is not settled."""
+        """The answer to a request, or None with the reason.
+
+        The reason is empty when it is not settled. Then nobody waits for it any more, and it will be dropped.
+        """
         with self._changed:
             link = request.link
             answer = link.answers.pop(request.number, None)
+            link.is_awaited = False
+            self._changed.notify_all()
             return answer, link.left_because if answer is None and not link.is_open else ""
 
     def free(self, learner: str) -> None:
@@ -299,7 +305,10 @@ class LearnerServer:
             if number is None or message.type != REPLY or message.header.get("id") != number:
                 return
             link.asked = None
-            link.answers[number] = message
+            if link.is_awaited:
+                link.answers[number] = message
+            else:
+                link.held_bytes = 0
             self._changed.notify_all()
 
     def _await_room(self, link: Link, size: int) -> None:
@@ -316,7 +325,7 @@ class LearnerServer:
 
     def _has_room(self, link: Link, size: int) -> bool:
         held = sum(other.held_bytes for other in self._links.values())
-        awaited = [name for name, other in self._links.items() if other.asked and not other.held_bytes]
+        awaited = [name for name, other in self._links.items() if other.is_awaited and not other.held_bytes]
         # The next in turn is never kept waiting: the others are held for it.
         return not held or held + size <= _HELD_BYTES or link.learner == min(awaited, default=link.learner)
 

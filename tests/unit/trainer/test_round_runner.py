@@ -242,3 +242,28 @@ def test_a_strategy_that_needs_all_updates_gets_them(server: LearnerServer, star
         crowd.close()
     median = np.median([update_of(name)[0] for name in NAMES], axis=0)
     np.testing.assert_array_equal(finished.parameters[0], median)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_who_is_still_at_the_last_round_holds_up_nobody_in_the_next(
+    server: LearnerServer, start: list[Array]
+) -> None:
+    crowd = Crowd(server)
+    try:
+        runner_on(server, min_fit_clients=3, round_timeout_s=2.0).run(1, start)
+        others_wait = threading.Event()
+        second = crowd.learners[NAMES[1]]
+        answer = second._respond
+
+        def late(message: Message) -> Message | None:
+            if message.type == TRAIN and server.wait_until(server.is_crowded, PATIENCE_S):
+                others_wait.set()
+            return answer(message)
+
+        second._respond = late
+        finished = runner_on(server, min_fit_clients=3, round_timeout_s=60.0).run(2, start)
+        assert others_wait.is_set()
+    finally:
+        crowd.close()
+    assert finished.parameters[0].tobytes() == expected_of(*NAMES[1:])
+    assert finished.record.duration_s < PATIENCE_S
