@@ -15,14 +15,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import strategy as flower
-from harness import Figure, Report, alternate, arguments
+from harness import Figure, Report, alternate, arguments, memory_bytes
 
 from flops.core.sla import Strategy, StrategyName
 from flops.trainer.grid import ROWS, FlightGrid
@@ -109,7 +108,7 @@ def _aggregate(told: Connection, how: str, count: int, size: int) -> None:
     asked = list(flower.FedAvg().configure_train(1, ArrayRecord(), ConfigRecord({}), grid))
     server.stop()
     updates = Updates(count, size)
-    before = _kib("VmRSS")
+    before = memory_bytes("VmRSS")
     started_s = time.perf_counter()
     mean = work(updates, asked, start)
     seconds = time.perf_counter() - started_s - updates.made_s
@@ -117,15 +116,7 @@ def _aggregate(told: Connection, how: str, count: int, size: int) -> None:
     np.testing.assert_allclose(
         mean[:: max(1, size // 100)], np.average(np.arange(count) + 1.0, weights=rows), rtol=1e-5
     )
-    told.send((seconds, (_kib("VmHWM") - before) * 1024 / (size * NUMBER_BYTES)))
-
-
-def _kib(what: str) -> int:
-    """Memory of this process as the system tells it: now (VmRSS), or at its highest (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1])
-    raise SystemExit(f"The system does not tell {what}.")
+    told.send((seconds, (memory_bytes("VmHWM") - before) / (size * NUMBER_BYTES)))
 
 
 def main() -> None:

@@ -69,6 +69,14 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started_s
 
 
+def memory_bytes(what: str, process: int | str = "self") -> int:
+    """Memory of a process as the system tells it: now (``VmRSS``), or at its highest (``VmHWM``)."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"The system does not tell {what}.")
+
+
 class Report:
     """A benchmark's result, printed as a Markdown table and as one line of JSON.
 
@@ -110,7 +118,7 @@ def tracking_server() -> Iterator[str]:
         server = MlflowServer(Path(folder), 0, inherited_environment())
         server.start()
         try:
-            server.wait_ready()
+            server.wait_ready(300.0)  # machines are shared
             yield server.url
         finally:
             server.stop()

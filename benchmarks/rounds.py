@@ -5,7 +5,7 @@ Aggregator and learners are real processes on one machine; the learners' code do
 nearly all of a round is FLOps: parameters to all learners to be evaluated and trained, theirs back, their
 mean, the checkpoint, and the events. Rounds are tracked in MLflow meanwhile, by a server on the same machine.
 The time of a round is that from one round's end to the next's, without the slowest learner's fit and
-evaluation.
+evaluation. Beside it stands the highest memory of the aggregator's process.
 
 The limit moves the same bytes over loopback, to each learner and back, and adds each answer up once: no
 round can be faster. After ``make peers`` the same model is trained by Flower's simulation, by Flower's
@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from harness import Figure, Report, alternate, arguments, timed, tracking_server
+from harness import Figure, Report, alternate, arguments, memory_bytes, timed, tracking_server
 
 from flops.testing.training_stage import AGGREGATOR, TrainingStage
 
@@ -62,8 +62,11 @@ class ModelManager(ModelManagerTemplate):
 """
 
 
-def flops_round_s(tracking_uri: str, learners: int, size: int, rounds: int) -> float:
-    """Seconds of a round, without the first one and without the slowest learner's own work."""
+def flops_round_s(tracking_uri: str, learners: int, size: int, rounds: int, peaks_mb: list[float]) -> float:
+    """Seconds of a round, without the first one and without the slowest learner's own work.
+
+    The aggregator's highest memory is added to `peaks_mb`.
+    """
     with tempfile.TemporaryDirectory(prefix="flops-bench-") as folder:
         stage = TrainingStage(Path(folder))
         try:
@@ -75,11 +78,12 @@ def flops_round_s(tracking_uri: str, learners: int, size: int, rounds: int) -> f
                 round_timeout_s=300.0,
             )
             context = stage.aggregator_context(config, repo)
-            stage.start_aggregator(context, is_tracking_played=False)
+            aggregator = stage.start_aggregator(context, is_tracking_played=False)
             for number in range(learners):
                 stage.start_learner(number, repo, of=learners)
             last = partial(lambda count, event: event["record"]["number"] == count, rounds)
             stage.await_event(AGGREGATOR, "round_completed", last, timeout_s=600.0)
+            peaks_mb.append(memory_bytes("VmHWM", aggregator.pid) / 1e6)
             ends_s = [float(event["time_s"]) for event in stage.events(AGGREGATOR, "round_completed")]
             overheads_s = [
                 end_s
@@ -164,12 +168,16 @@ def main() -> None:
     runs, rounds = 3, 12
     if options.smoke:
         cases, runs, rounds = [(2, 10_000)], 1, 3
-    report = Report("rounds", ("learners", "parameters", "FLOps, s", "limit, s", "FLOps / limit", *PEERS))
+    report = Report(
+        "rounds",
+        ("learners", "parameters", "FLOps, s", "limit, s", "FLOps / limit", "aggregator, MB", *PEERS),
+    )
     with tracking_server() as uri:
         for learners, size in cases:
             own_rounds = rounds if size < 25_000_000 else 5
+            peaks_mb: list[float] = []
             works: dict[str, Callable[[], float]] = {
-                "flops": partial(flops_round_s, uri, learners, size, own_rounds),
+                "flops": partial(flops_round_s, uri, learners, size, own_rounds, peaks_mb),
                 "limit": partial(limit_s, learners, size),
             }
             found = alternate(works, runs)
@@ -186,10 +194,12 @@ def main() -> None:
                     own.text(),
                     limit.text(),
                     f"{own.median / limit.median:.1f}",
+                    f"{max(peaks_mb):.0f}",
                     *(_against(peers[peer], own) if peer in peers else "" for peer in PEERS),
                 ],
                 learners=learners,
                 parameters=size,
+                aggregator_mb=max(peaks_mb),
                 **found,
                 **peers,
             )
