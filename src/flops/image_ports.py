@@ -197,12 +197,14 @@ class ContainerBuild:
         platform: of the image.
         bases: images that the Dockerfile names; the first is the image ``0`` in ``bases``, and so on.
         timeout_s: for all of it.
+        what: it is, for people: the beginning of a sentence.
     """
 
     folder: Path
     platform: Platform
     bases: tuple[str, ...]
     timeout_s: float
+    what: str = "The Dockerfile"
 
 
 class ContainerBuilds(Protocol):

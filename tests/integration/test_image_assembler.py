@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -29,7 +27,7 @@ from flops.testing.contracts.image_assembler import ImageAssemblerContract, imag
 from flops.testing.disk import small_disk
 from flops.testing.images import HandMadeBase, unpack_layer
 from flops.testing.waiting import until
-from flops.testing.wheels import lock_of, make_wheel, use_only
+from flops.testing.wheels import lock_of, make_source_package, make_wheel, use_only
 
 MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 AMD64 = (Platform.AMD64,)
@@ -330,20 +328,9 @@ def test_a_package_that_is_not_there_is_named(site: Site) -> None:
     assert "pure" in caught.value.message
 
 
-def make_source(folder: Path, name: str) -> Path:
-    """Write a source package, of which no code may run."""
-    path = folder / f"{name}-1.tar.gz"
-    files = {"PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n", "setup.py": "1 / 0\n"}
-    with tarfile.open(path, "w:gz") as archive:
-        for inner, text in files.items():
-            member = tarfile.TarInfo(f"{name}-1/{inner}")
-            member.size = len(text)
-            archive.addfile(member, io.BytesIO(text.encode()))
-    return path
-
-
 def test_a_package_that_has_only_sources_is_refused_with_what_helps(site: Site) -> None:
-    lock = lock_of(make_source(site.wheels, "onlysource"), python=MINOR)
+    source = make_source_package(site.wheels, "onlysource", {"setup.py": "1 / 0\n"})  # its code does not run
+    lock = lock_of(source, python=MINOR)
     with pytest.raises(FlopsError) as caught:
         site.assembler().assemble(ImageRecipe(AMD64, lock), ignore)
     assert caught.value.code is ErrorCode.DEPENDENCIES_UNRESOLVABLE

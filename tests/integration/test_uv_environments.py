@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -29,7 +26,13 @@ from flops.settings import inherited_environment
 from flops.testing.contracts.ml_repos import REPOSITORY
 from flops.testing.disk import small_disk
 from flops.testing.waiting import until
-from flops.testing.wheels import lock_of, make_platform_wheels, make_wheel, use_only
+from flops.testing.wheels import (
+    lock_of,
+    make_platform_wheels,
+    make_source_package,
+    make_wheel,
+    use_only,
+)
 
 MLFLOW = "3.17.2"
 
@@ -299,26 +302,27 @@ def build_wheel(*_arguments, **_options):
 """
 
 
-def make_endless_source(wheels: Path, pid_file: Path) -> str:
-    """Make a source package whose build never ends; returns a lock with it."""
-    files = {
-        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "endless"\nbackend-path = ["."]\n',
-        "endless.py": ENDLESS.format(pid_file=str(pid_file)),
-        "PKG-INFO": "Metadata-Version: 2.2\nName: endless\nVersion: 1\n",
-    }
-    path = wheels / "endless-1.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        for name, text in files.items():
-            member = tarfile.TarInfo(f"endless-1/{name}")
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"# python 3.11\nendless==1 \\\n    --hash=sha256:{digest}\n"
+def source_package(wheels: Path, name: str, code: str) -> str:
+    """Make a source package with a backend of its own; returns a lock with it."""
+    backend = f'[build-system]\nrequires = []\nbuild-backend = "{name}"\nbackend-path = ["."]\n'
+    path = make_source_package(wheels, name, {"pyproject.toml": backend, f"{name}.py": code})
+    return lock_of(path, python="3.11")
+
+
+def test_a_source_package_that_does_not_build_is_named_with_what_helps(site: Site) -> None:
+    lock = source_package(site.wheels, "broken", "raise SystemExit('gcc: command not found')\n")
+    with pytest.raises(FlopsError) as caught:
+        site.environments().materialise(lock, lambda _: None)
+    assert caught.value.code is ErrorCode.ENVIRONMENT_BUILD_FAILED
+    assert "broken==1" in caught.value.message
+    assert "gcc: command not found" in caught.value.message
+    assert caught.value.hint.startswith("broken==1 has no wheel for this machine")
+    assert "build-essential" in caught.value.hint
 
 
 def test_builds_that_nobody_needs_any_more_end_and_leave_nothing(site: Site) -> None:
     pid_file = site.folder / "pid"
-    lock = make_endless_source(site.wheels, pid_file)
+    lock = source_package(site.wheels, "endless", ENDLESS.format(pid_file=str(pid_file)))
     is_needless = threading.Event()
     ended: list[float] = []
     told: list[str] = []
@@ -438,7 +442,7 @@ def test_the_cache_is_emptied_beyond_its_limit_and_environments_stay_whole(site:
 
 def test_a_build_loses_nothing_when_the_cache_is_to_be_emptied(site: Site) -> None:
     pid_file = site.folder / "pid"
-    lock = make_endless_source(site.wheels, pid_file)
+    lock = source_package(site.wheels, "endless", ENDLESS.format(pid_file=str(pid_file)))
     is_needless = threading.Event()
 
     def build() -> None:

@@ -24,6 +24,7 @@ _FULL_DISK = re.compile(r"no space left on device|os error 28|disk quota exceede
 _NO_INDEX = re.compile(
     r"failed to fetch|error sending request|dns error|connection refused|timed out", re.IGNORECASE
 )
+_BUILD_FAILED = re.compile(r"Failed to build `(?P<what>[^`]+)`")
 _NEAR_TIMEOUT_S = "600"
 _PYTHON_VARIABLES = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
 
@@ -37,12 +38,12 @@ class UvProgram:
     """
 
     def __init__(self, uv: Path, environ: Mapping[str, str]) -> None:
-        self._uv = uv
+        self.path = uv
         self.environ = _tool_environment(environ)
 
     def having(self, **environ: str) -> UvProgram:
         """The same program with more in its environment."""
-        return UvProgram(self._uv, {**self.environ, **environ})
+        return UvProgram(self.path, {**self.environ, **environ})
 
     def through(self, index: str) -> UvProgram:
         """The same program with another default index, which is near and may have to fetch a file first."""
@@ -74,7 +75,7 @@ class UvProgram:
         """
         try:
             done = run_command(
-                [str(self._uv), *arguments],
+                [str(self.path), *arguments],
                 environ=self.environ,
                 cwd=cwd,
                 timeout_s=timeout_s,
@@ -82,7 +83,7 @@ class UvProgram:
                 keep_open=keep_open,
             )
         except FileNotFoundError as exc:
-            raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, f"{self._uv} is not there.") from exc
+            raise FlopsError(ErrorCode.ENVIRONMENT_BUILD_FAILED, f"{self.path} is not there.") from exc
         if done.is_timed_out:
             raise FlopsError(
                 ErrorCode.TIMEOUT, f"uv {' '.join(arguments[:2])} did not end within {timeout_s:g} s."
@@ -171,12 +172,19 @@ def is_disk_full(errors: str) -> bool:
 
 def uv_error(done: Completed, what: str) -> FlopsError:
     """The error users see when uv failed."""
-    code = ErrorCode.ENVIRONMENT_BUILD_FAILED
+    code, hint = ErrorCode.ENVIRONMENT_BUILD_FAILED, None
     if is_disk_full(done.errors):
         code = ErrorCode.DISK_FULL
     elif _NO_INDEX.search(done.errors):
         code = ErrorCode.UNREACHABLE
-    return FlopsError(code, f"{what}: {essence(done.errors)}", details={"output": done.errors[-4_000:]})
+    elif (failed := _BUILD_FAILED.search(done.errors)) is not None:
+        hint = (
+            f"{failed['what']} has no wheel for this machine, and its sources do not build here: require a "
+            f"version that has wheels, or install what the build needs on {platform.node()} and all nodes of "
+            "the project, such as a compiler (Debian: build-essential, python3-dev)."
+        )
+    message = f"{what}: {essence(done.errors)}"
+    return FlopsError(code, message, hint=hint, details={"output": done.errors[-4_000:]})
 
 
 def _tool_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from packaging.requirements import Requirement
@@ -227,6 +227,16 @@ def allow_only(lock: str, hashes: Mapping[str, tuple[str, ...]]) -> tuple[str, l
         head = block.split(" \\\n", 1)[0].rstrip()
         kept.append(" \\\n    ".join([head, *(f"--hash={found}" for found in allowed)]) + "\n")
     return "".join(kept), missing
+
+
+def split_lock(lock: str, names: Container[str]) -> tuple[str, str]:
+    """A lock without some of its packages, and these alone; comments stay with the first."""
+    rest: list[str] = []
+    those: list[str] = []
+    for block in _blocks(lock):
+        name = next(iter(locked_versions(block)), None)
+        (those if name is not None and name in names else rest).append(block)
+    return "".join(rest), "".join(those)
 
 
 def _blocks(lock: str) -> list[str]:

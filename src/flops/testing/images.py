@@ -18,9 +18,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import uv
+
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer
 from flops.adapters.system_clock import SystemClock
+from flops.adapters.uv_program import own_python
 from flops.core.ids import Digest
 from flops.core.images import (
     CONFIG,
@@ -41,6 +44,10 @@ from flops.image_ports import ImageBlobs, Report
 from flops.registry.app import build_registry
 from flops.registry.repositories import Repositories
 from flops.testing.waiting import until
+
+_LEFT_OUT = re.compile(
+    r"/(?:tests?|idlelib|tkinter|(?:site|dist)-packages|ensurepip|lib2to3|config-.*|pydoc_.*)/"
+)
 
 
 def make_layer(blobs: ImageBlobs, name: str, size: int = 1_000) -> Layer:
@@ -277,17 +284,24 @@ def _cut(found: socket.socket) -> None:
     found.close()
 
 
-def make_shell_base(blobs: ImageBlobs, *programs: str) -> Descriptor:
-    """An image with this machine's shell, some of its programs and their libraries, and a file for a Python.
+def make_shell_base(blobs: ImageBlobs, *programs: str, has_python: bool = False) -> Descriptor:
+    """An image with this machine's shell, some of its programs and their libraries.
 
     It is enough for Dockerfiles to run commands in, and needs no network to be made.
+
+    Args:
+        blobs: where it is put.
+        programs: that are in it beside the shell.
+        has_python: whether it has this machine's Python, or just a file in its place.
     """
-    files = {Path("/usr/bin/python3.11"): b"no Python\n", Path("/etc/passwd"): b"root:x:0:0::/:/bin/sh\n"}
+    files = {Path("/etc/passwd"): b"root:x:0:0::/:/bin/sh\n", Path("/usr/bin/python3.11"): b"no Python\n"}
     for name in ("sh", *programs):
         program = Path(str(shutil.which(name)))
-        libraries = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-        for path in (Path("/bin", name), *map(Path, re.findall(r"(/\S+) \(0x", libraries))):
-            files[path] = (program if path.name == name else path).read_bytes()
+        files |= {path: path.read_bytes() for path in _libraries(program)}
+        files[Path("/bin", name)] = program.read_bytes()
+    if has_python:
+        files |= _python_files()
+        del files[Path("/usr/bin/python3.11")]
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for path, data in sorted(files.items()):
@@ -300,5 +314,22 @@ def make_shell_base(blobs: ImageBlobs, *programs: str) -> Descriptor:
     packed = gzip.compress(archive.getvalue(), 1, mtime=0)
     blob = Descriptor(media_type=LAYER_GZIP, digest=blobs.put(packed), size=len(packed))
     layer = Layer(blob=blob, diff_id=Digest(hashlib.sha256(archive.getvalue()).hexdigest()))
-    run = ImageRun(env={"PATH": "/bin", "OF": "base"}, user="0:0")
+    run = ImageRun(env={"PATH": "/usr/local/bin:/bin", "OF": "base"}, user="0:0")
     return image_of(blobs, Platform.of(os.uname().machine), [layer], run)
+
+
+def _libraries(program: Path) -> list[Path]:
+    told = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    return [Path(path) for path in re.findall(r"(/\S+) \(0x", told)]
+
+
+def _python_files() -> dict[Path, bytes]:
+    """This machine's Python, as much as installs packages, in /usr/local."""
+    minor = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    program, library = own_python(), Path(os.__file__).parent
+    found = [path for path in library.rglob("*.*") if path.suffix in {".py", ".so"}]
+    found = [path for path in found if _LEFT_OUT.search(str(path.relative_to(library.parent))) is None]
+    files = {Path("/usr/local/lib", minor, path.relative_to(library)): path.read_bytes() for path in found}
+    files[Path("/usr/local/bin", minor)] = program.read_bytes()
+    native = [program, Path(uv.find_uv_bin()), *(path for path in found if path.suffix == ".so")]
+    return files | {path: path.read_bytes() for each in native for path in _libraries(each)}

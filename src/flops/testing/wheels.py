@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,6 +52,18 @@ def make_wheel(
     with zipfile.ZipFile(path, "w") as archive:
         for inner, text in files.items():
             archive.writestr(zipfile.ZipInfo(inner), text)
+    return path
+
+
+def make_source_package(folder: Path, name: str, files: Mapping[str, str]) -> Path:
+    """Write version 1 of a package that has sources only; returns its path."""
+    path = folder / f"{name}-1.tar.gz"
+    described = {"PKG-INFO": f"Metadata-Version: 2.2\nName: {name}\nVersion: 1\n"}
+    with tarfile.open(path, "w:gz") as archive:
+        for inner, text in {**described, **files}.items():
+            member = tarfile.TarInfo(f"{name}-1/{inner}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
     return path
 
 

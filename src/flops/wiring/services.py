@@ -173,8 +173,11 @@ def open_image_tools(context: ActorContext, builds: ContainerBuilds | None, orde
     from flops.adapters.images.buildah import Buildah
     from flops.adapters.images.debian_base import DebianBase
     from flops.adapters.images.dockerfile_images import DockerfileImages
+    from flops.adapters.images.layer_cache import LayerCache
     from flops.adapters.images.pulled_base import PulledBase
+    from flops.adapters.images.source_packages import SourcePackages
     from flops.adapters.package_index import ClusterPackages
+    from flops.adapters.uv_program import UvProgram
     from flops.builder.images import ImageTools
     from flops.core.image_reference import parse_reference
     from flops.settings import inherited_environment
@@ -188,15 +191,21 @@ def open_image_tools(context: ActorContext, builds: ContainerBuilds | None, orde
     bases: BaseImages = DebianBase(root / "bases", uv=program, environ=environ)
     if order.base:
         bases = PulledBase(root / "bases", registry, parse_reference(order.base))
-    site = ClusterPackages(context.blobs_url)
-    assembler = OciAssembler(root / "layers", blobs, bases, uv=program, environ=environ, site=site)
-    dockerfiles = DockerfileImages(
-        root / "layers",
-        blobs,
-        registry,
-        builds or Buildah(environ),
-        partial(FileBlobs, is_oci_layout=True),
+    builds = builds or Buildah(environ)
+    open_layout = partial(FileBlobs, is_oci_layout=True)
+    dockerfiles = DockerfileImages(root / "layers", blobs, registry, builds, open_layout, runs_here=runs_here)
+    compilers = DebianBase(root / "bases", uv=program, environ=environ, has_compilers=True)
+    sources = SourcePackages(
+        LayerCache(root / "layers", blobs),
+        builds,
+        UvProgram(program, environ),
+        open_layout,
         runs_here=runs_here,
+        toolchain=None if order.base else compilers,
+    )
+    site = ClusterPackages(context.blobs_url)
+    assembler = OciAssembler(
+        root / "layers", blobs, bases, uv=program, environ=environ, site=site, sources=sources
     )
     return ImageTools(assembler, blobs, registry, own_lock(), dockerfiles)
 

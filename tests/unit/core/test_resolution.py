@@ -15,6 +15,7 @@ from flops.core.resolution import (
     mentioned,
     relax,
     solve,
+    split_lock,
 )
 
 
@@ -129,3 +130,11 @@ def test_only_allowed_hashes_stay() -> None:
     assert missing == []
     assert allow_only(lock, {"b": ("sha256:99",)})[1] == ["b"]
     assert allow_only(lock, {}) == (lock, [])
+
+
+def test_a_lock_is_split_by_names() -> None:
+    first = "# python 3.11\na==1 \\\n    --hash=sha256:1\n    # via x\n"
+    second, third = "B_c==2 \\\n    --hash=sha256:2\n", "d==3 \\\n    --hash=sha256:3\n"
+    lock = first + second + third
+    assert split_lock(lock, {"b-c"}) == (first + third, second)
+    assert split_lock(lock, ()) == (lock, "")

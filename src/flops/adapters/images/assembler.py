@@ -12,10 +12,11 @@ from pathlib import Path, PurePosixPath
 
 from flops.adapters.images.at_once import at_once
 from flops.adapters.images.bytecode import compile_modules
-from flops.adapters.images.dependency_layer import ENVIRONMENT, Locked, dependency_layer
+from flops.adapters.images.dependency_layer import ENVIRONMENT, DependencyLayers, Locked
 from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
+from flops.adapters.images.source_packages import SourcePackages
 from flops.adapters.uv_program import UvProgram
 from flops.core.images import (
     CONFIG,
@@ -35,6 +36,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import BaseImages, ImageBlobs, ImageRecipe, Report
 from flops.package_ports import SitePackages
 
+_INSTALL_TIMEOUT_S = 3_600.0
 _PYTHON = re.compile(r"# python (?P<python>\d+\.\d+)\n")
 
 
@@ -48,7 +50,7 @@ class OciAssembler:
         uv: uv, with its environment.
         environ: of uv; its ``UV_*`` variables decide which index, cache and links are used.
         site: who near has packages; nobody if not given.
-        build_timeout_s: for downloading and unpacking the dependencies for one platform.
+        sources: builds packages that have no wheel; without it they are refused.
     """
 
     def __init__(
@@ -60,14 +62,13 @@ class OciAssembler:
         uv: Path,
         environ: Mapping[str, str],
         site: SitePackages | None = None,
-        build_timeout_s: float = 3_600.0,
+        sources: SourcePackages | None = None,
     ) -> None:
         self._cache = LayerCache(root, blobs)
         self._blobs = blobs
         self._bases = bases
         self._uv = UvProgram(uv, environ)
-        self._site = site
-        self._build_timeout_s = build_timeout_s
+        self._dependencies = DependencyLayers(self._cache, self._uv, _INSTALL_TIMEOUT_S, site, sources)
 
     def assemble(self, recipe: ImageRecipe, report: Report) -> Descriptor:
         """Make an image for each platform of the recipe; returns the descriptor of their index.
@@ -87,7 +88,7 @@ class OciAssembler:
             works.append(lambda: self._bases.base(platform, self._blobs, report).layers)
         for path, lock in locks.items():
             _check_python(lock, base)
-            works.append(partial(self._environment_layer, Locked(path, lock), base, report))
+            works.append(partial(self._dependencies.layers, base, Locked(path, lock), report))
         if recipe.modules:
             works.append(
                 partial(self._layer, "the modules it needs", {}, recipe.modules, base.python, report)
@@ -103,12 +104,6 @@ class OciAssembler:
         config = self._store(config_bytes(platform, layers, run), CONFIG)
         manifest = manifest_bytes(config, [layer.blob for layer in layers])
         return self._store(manifest, MANIFEST, platform)
-
-    def _environment_layer(self, locked: Locked, base: BaseImage, report: Report) -> tuple[Layer]:
-        layer = dependency_layer(
-            self._cache, self._uv, base, locked, self._build_timeout_s, report, self._site
-        )
-        return (layer,)
 
     def _layer(
         self,

@@ -227,7 +227,7 @@ class _Progress:
 
     def __init__(self, build: ContainerBuild, report: Report, output: BinaryIO) -> None:
         self._output = output
-        self._what = f"The Dockerfile for {build.platform}"
+        self._what = f"{build.what} for {build.platform}"
         self._bases = build.bases
         self._report = report
         self._rest = ""

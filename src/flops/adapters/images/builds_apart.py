@@ -77,6 +77,7 @@ class BuildsApart:
             "platform": build.platform.value,
             "bases": build.bases,
             "timeout_s": build.timeout_s,
+            "what": build.what,
         }
         while not self._lock.acquire(timeout=_POLL_S):
             stop_if_needless()
@@ -143,7 +144,9 @@ def _run(
 ) -> None:
     error: dict[str, Any] | None = None
     folder = Path(order["folder"]).resolve()
-    build = ContainerBuild(folder, Platform(order["platform"]), tuple(order["bases"]), order["timeout_s"])
+    build = ContainerBuild(
+        folder, Platform(order["platform"]), tuple(order["bases"]), order["timeout_s"], order["what"]
+    )
     try:
         if folder.is_relative_to(root.resolve()):
             builds.run(build, lambda step: _tell(connection, {"step": step}), descriptors)

@@ -34,6 +34,7 @@ _PACKAGES = (
     "dash",
     "tzdata",
 )
+_COMPILERS = ("gcc", "g++", "libc6-dev", "make", "pkg-config", "python3-dev")
 _SUITE = "bookworm"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")  # Ubuntu does not install it by itself
 _PYTHON_OF = {"bookworm": "3.11", "trixie": "3.13"}
@@ -61,6 +62,7 @@ _ENV = {
     "LANG": "C.UTF-8",
     "SSL_CERT_FILE": f"/{_CERTIFICATES}",
 }
+_ENV_OF_COMPILERS = {"CC": "gcc", "CXX": "g++"}  # nothing is configured: there are no cc and c++
 _USERS = "root:x:0:0:root:/root:/usr/sbin/nologin\nflops:x:65532:65532:flops:/tmp:/usr/sbin/nologin\n"
 _GROUPS = "root:x:0:\nflops:x:65532:\n"
 
@@ -78,6 +80,7 @@ class DebianBase:
         mirror: where packages come from; "" for Debian's own. One that never changes makes bases
             reproducible everywhere.
         mmdebstrap: the program.
+        has_compilers: whether source packages can be built on it.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class DebianBase:
         suite: str = _SUITE,
         mirror: str = "",
         mmdebstrap: str = "mmdebstrap",
+        has_compilers: bool = False,
     ) -> None:
         self._root = root
         self._uv = UvProgram(uv, environ)
@@ -96,6 +100,8 @@ class DebianBase:
         self._suite = suite
         self._mirror = mirror
         self._program = mmdebstrap
+        self._packages = (*_PACKAGES, *_COMPILERS) if has_compilers else _PACKAGES
+        self._env = _ENV | _ENV_OF_COMPILERS if has_compilers else _ENV
 
     @staticmethod
     def missing() -> tuple[str, ...]:
@@ -130,7 +136,7 @@ class DebianBase:
             layers=(),
             python=python,
             interpreter=f"/usr/bin/python{python}",
-            env=_ENV,
+            env=self._env,
         )
 
     def base(self, platform: Platform, blobs: ImageBlobs, report: Report) -> BaseImage:
@@ -158,9 +164,9 @@ class DebianBase:
             compile_modules(
                 library, f"/{library.relative_to(root)}", python=python, uv=self._uv, descriptor=descriptor
             )
-            return pack_layer(root, blobs, f"Debian {self._suite}: {' '.join(_PACKAGES)}")
+            return pack_layer(root, blobs, f"Debian {self._suite}: {' '.join(self._packages)}")
 
-        key = key_of("debian", self._suite, self._mirror, platform, *_PACKAGES)
+        key = key_of("debian", self._suite, self._mirror, platform, *self._packages)
         layer = LayerCache(self._root, blobs).layer(key, what, make, report)
         return base.model_copy(update={"layers": (layer,)})
 
@@ -168,7 +174,7 @@ class DebianBase:
         # Owners are not kept, so others than root need no user namespace, which many machines forbid.
         mode = "root" if os.geteuid() == 0 else "chrootless"
         command = [self._program, "--quiet", f"--mode={mode}", "--variant=extract"]
-        command += [f"--include={','.join(_PACKAGES)}"]
+        command += [f"--include={','.join(self._packages)}"]
         command += [f"--architectures={platform.architecture}", self._suite, str(archive)]
         try:
             done = run_command(

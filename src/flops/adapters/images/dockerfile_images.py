@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from flops.adapters.images.container_folder import (
+    OpenLayout,
+    copy_blob,
+    lay_out,
+    layers_of,
+    made_image,
+    manifest_of,
+)
 from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
-from flops.adapters.images.layout import ImageLayout
 from flops.core.dockerfile import NAMES, Dockerfile, base_reference, read_dockerfile
-from flops.core.ids import Digest
 from flops.core.images import (
     INDEX,
     MANIFEST,
     Descriptor,
-    Manifest,
     PlatformImage,
     index_bytes,
     manifest_bytes,
-    read_config,
-    read_manifest,
 )
 from flops.core.platforms import Platform
 from flops.durable_file import file_error
@@ -50,7 +52,7 @@ class DockerfileImages:
         blobs: ImageBlobs,
         registry: Registry,
         builds: ContainerBuilds,
-        open_layout: Callable[[Path], ImageBlobs],
+        open_layout: OpenLayout,
         *,
         runs_here: Callable[[Platform], bool],
         timeout_s: float = 3_600.0,
@@ -111,10 +113,10 @@ class DockerfileImages:
             report(f"{what} is being made.")
             bases = [self._registry.pull(base, self._blobs, report, platform.value) for base in pinned]
             try:
-                self._lay_out(notes, text, context, bases)
+                lay_out(notes, text, context, bases, self._blobs, self._open_layout)
                 build = ContainerBuild(notes, platform, recipe.bases, self._timeout_s)
                 self._builds.run(build, report, [descriptor])
-                return self._take(notes / "made" / "image", platform, bases)
+                return self._take(notes, platform, bases)
             except OSError as exc:
                 raise file_error(exc, notes) from exc
 
@@ -122,37 +124,15 @@ class DockerfileImages:
         key = key_of("dockerfile", platform, text, *map(str, pinned), *files)
         return self._cache.made(PlatformImage, key, what, make, report).manifest
 
-    def _lay_out(self, notes: Path, text: str, context: dict[str, Path], bases: Sequence[Descriptor]) -> None:
-        """Put together what `ContainerBuild` describes; whoever can reach the folder can read it."""
-        (notes / "Dockerfile").write_text(text, encoding="utf-8")
-        (notes / "context").mkdir()
-        for place, path in context.items():
-            target = notes / "context" / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target, follow_symlinks=False)
-        copies = self._open_layout(notes / "bases")
-        layout = ImageLayout(notes / "bases", copies)
-        for number, base in enumerate(bases):
-            manifest = _manifest(self._blobs, base)
-            for part in manifest.blobs:
-                _copy(self._blobs.chunks(part.digest), part.digest, copies)
-            # Written anew: buildah takes no manifest of Docker's kind out of a layout.
-            data = manifest_bytes(manifest.config, manifest.layers)
-            layout.put(str(number), Descriptor(media_type=MANIFEST, digest=copies.put(data), size=len(data)))
-        for path in (notes, *notes.rglob("*")):
-            if not path.is_symlink():
-                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-
-    def _take(self, made: Path, platform: Platform, bases: Sequence[Descriptor]) -> PlatformImage:
+    def _take(self, notes: Path, platform: Platform, bases: Sequence[Descriptor]) -> PlatformImage:
         """Store an image that was made; of what it began with, it keeps the layers as they are there."""
-        source = self._open_layout(made)
-        image = ImageLayout(made, source).images()["made"]
-        known = dict(pair for base in bases for pair in _layers(self._blobs, base))
-        layers = [known.get(diff_id, blob) for diff_id, blob in _layers(source, image)]
-        config = _manifest(source, image).config
+        source, image = made_image(notes, self._open_layout)
+        known = dict(pair for base in bases for pair in layers_of(self._blobs, base))
+        layers = [known.get(diff_id, blob) for diff_id, blob in layers_of(source, image)]
+        config = manifest_of(source, image).config
         for part in (*layers, config):
             if not self._blobs.has(part.digest):
-                _copy(source.chunks(part.digest), part.digest, self._blobs)
+                copy_blob(part.digest, source, self._blobs)
         data = manifest_bytes(config, layers)
         manifest = Descriptor(
             media_type=MANIFEST, digest=self._blobs.put(data), size=len(data), platform=platform
@@ -175,27 +155,3 @@ def _context(repository: Path, recipe: Dockerfile) -> Iterator[tuple[str, Path]]
 
 def _is_in(place: str, sources: Sequence[str]) -> bool:
     return any(place == source or place.startswith(f"{source}/") for source in sources)
-
-
-def _manifest(blobs: ImageBlobs, image: Descriptor) -> Manifest:
-    manifest = read_manifest(blobs.get(image.digest), image.media_type)
-    if not isinstance(manifest, Manifest):
-        raise FlopsError(ErrorCode.IMAGE_DAMAGED, f"{image.digest[:12]} is no image for one platform.")
-    return manifest
-
-
-def _layers(blobs: ImageBlobs, image: Descriptor) -> Iterator[tuple[Digest, Descriptor]]:
-    """The digest of each layer's archive, and the layer."""
-    manifest = _manifest(blobs, image)
-    diff_ids, _, _ = read_config(blobs.get(manifest.config.digest))
-    yield from zip(diff_ids, manifest.layers, strict=True)
-
-
-def _copy(chunks: Iterator[bytes], digest: Digest, blobs: ImageBlobs) -> None:
-    upload = blobs.upload()
-    try:
-        for chunk in chunks:
-            upload.write(chunk)
-        upload.commit(digest)
-    finally:
-        upload.discard()

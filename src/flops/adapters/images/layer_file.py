@@ -113,3 +113,21 @@ class _Hashed(io.RawIOBase):
     def digest(self) -> Digest:
         """Of all bytes so far."""
         return Digest(self._hash.hexdigest())
+
+
+class ChunkFile(io.RawIOBase):
+    """Chunks as a file that is read from its start to its end."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes."""
+        while size < 0 or len(self._rest) < size:
+            chunk = next(self._chunks, b"")
+            if not chunk:
+                size = len(self._rest)
+            self._rest += chunk
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from flops.adapters.images.layer_file import ChunkFile
 from flops.command import stop_if_needless
 from flops.core.image_reference import ImageReference
 from flops.core.images import BaseImage, Descriptor, Layer, Manifest, read_config, read_manifest
@@ -106,7 +106,7 @@ class PulledBase:
 
     def _names(self, layer: Descriptor, blobs: ImageBlobs) -> Iterator[str]:
         try:
-            with tarfile.open(fileobj=_Chunks(blobs.chunks(layer.digest)), mode="r|*") as archive:
+            with tarfile.open(fileobj=ChunkFile(blobs.chunks(layer.digest)), mode="r|*") as archive:
                 for member in archive:
                     stop_if_needless()
                     yield member.name
@@ -116,20 +116,3 @@ class PulledBase:
                 f"A layer of {self._reference} ({layer.media_type}) cannot be read: {exc}.",
                 hint="Use a base image whose layers are compressed by gzip.",
             ) from exc
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks as a file that is read from its start to its end."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def read(self, size: int = -1, /) -> bytes:
-        while size < 0 or len(self._rest) < size:
-            chunk = next(self._chunks, b"")
-            if not chunk:
-                size = len(self._rest)
-            self._rest += chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
