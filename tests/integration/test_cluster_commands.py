@@ -16,7 +16,7 @@ from flops.errors import CATALOGUE, ErrorCode
 from flops.testing.deployment import Deployment
 from flops.testing.waiting import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(300)]
 
 MOCK = """
 {"mock_data_configuration": {"dataset_name": "rows.csv", "data_tag": "rows", "number_of_partitions": 1}}

@@ -110,7 +110,8 @@ def _problems(project: Project, history: Sequence[ProjectEvent], tracking: Track
 
 
 def _problems_of_completed(project: Project, rounds: Sequence[int]) -> Iterator[str]:
-    wanted = project.sla.training_configuration.training_rounds
+    configuration = project.sla.training_configuration
+    wanted = configuration.training_cycles if configuration.is_hierarchical else configuration.training_rounds
     if len(rounds) != wanted:
         yield f"it completed after {len(rounds)} of {wanted} rounds"
     if project.model is None or project.training is None:
