@@ -28,6 +28,7 @@ from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.packages import PackageCache
 from flops.settings import inherited_environment
+from flops.wiring.site_packages import site_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 2
@@ -75,7 +76,7 @@ class Bench:
         server = HttpServer(build_app(orchestrator, locks, more=cache.routes()), "127.0.0.1", 0)
         server.start()
         self.parts.callback(server.close)
-        return ClusterPackages(f"http://127.0.0.1:{server.port}/api/blobs")
+        return site_packages(f"http://127.0.0.1:{server.port}/api/blobs", dict)
 
     def measure(self, what: str, clusters: int) -> None:
         """Have the nodes build, shared out over so many clusters, and print what the index gave."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from flops.core.package_page import PackageFile
@@ -31,6 +32,9 @@ class PackageIndex(Protocol):
 class SitePackages(Protocol):
     """Packages that somebody near has, so that each is fetched once for all nodes of a site."""
 
-    def index_for(self, lock: str) -> str:
-        """URL of an index that has the files of a lock; "" when nobody serves one. Never raises."""
+    def serving(self, lock: str) -> AbstractContextManager[str]:
+        """URL of an index that has the files of a lock, until the end of the block.
+
+        It is "" when nobody serves one. Never raises.
+        """
         ...

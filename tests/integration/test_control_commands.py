@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from flops.adapters.file_blobs import FileBlobs
-from flops.adapters.package_index import ClusterPackages
 from flops.cli.control import read_endpoint
 from flops.control.kept_ports import KeptPorts
 from flops.errors import CATALOGUE, ErrorCode
 from flops.testing.waiting import until
+from flops.wiring.site_packages import site_packages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -68,8 +68,8 @@ def test_the_cluster_serves_packages_where_an_index_is_named(home: Home, index: 
     lock = "# python 3.11\none==1 --hash=sha256:" + 64 * "a" + "\n"
     FileBlobs(home.control / "blobs").put(lock.encode())
     api = f"http://{home.endpoint()['cluster_address']}/api"
-    site = ClusterPackages(f"{api}/blobs")
-    assert site.index_for(lock) == ("" if index is None else f"{api}/packages/simple/")
+    with site_packages(f"{api}/blobs", dict).serving(lock) as served:
+        assert served == ("" if index is None else f"{api}/packages/simple/")
     page = httpx.get(f"{api}/packages/simple/one/", timeout=30)
     assert page.status_code == (404 if index is None else 503), page.text
 

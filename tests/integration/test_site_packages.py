@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,6 +26,7 @@ from flops.adapters.memory_cluster_store import MemoryClusterStore
 from flops.adapters.package_index import ClusterPackages, HttpPackageIndex
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_environments import UvEnvironments
+from flops.core.clusters import DEFAULT_CLUSTER
 from flops.core.ids import Digest
 from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
@@ -34,7 +36,10 @@ from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.packages import PackageCache
 from flops.settings import inherited_environment
 from flops.testing.images import HandMadeBase, free_port
+from flops.testing.safe_cluster import SafeCluster
 from flops.testing.wheels import lock_of, make_wheel
+from flops.wire.cluster_tls import cluster_tls, http_options
+from flops.wiring.site_packages import site_packages
 
 MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
 DATA_BYTES = 300_000
@@ -89,6 +94,12 @@ class Index:
         self._thread.join()
 
 
+def index_for(packages: ClusterPackages, lock: str) -> str:
+    """Where a cluster serves the files of a lock, having been told of it."""
+    with packages.serving(lock) as index:
+        return index
+
+
 class MovedClock(SystemClock):
     """The time, some days ahead."""
 
@@ -129,13 +140,13 @@ class Site:
         cache = {"UV_CACHE_DIR": str(self.folder / f"cache of {name}"), "UV_DEFAULT_INDEX": self.index.url}
         return {**inherited_environment(), **cache}
 
-    def node(self, name: str) -> UvEnvironments:
+    def node(self, name: str, packages: ClusterPackages | None = None) -> UvEnvironments:
         return UvEnvironments(
             self.folder / name,
             uv=Path(uv.find_uv_bin()),
             environ=self.environ(name),
             mlflow_version="3.0",
-            site=ClusterPackages(f"{self.url}/blobs"),
+            site=packages or site_packages(f"{self.url}/blobs", dict),
         )
 
     def lock(self, *wheels: Path) -> str:
@@ -188,10 +199,56 @@ def test_an_image_is_made_from_the_same_files(site: Site) -> None:
         HandMadeBase(),
         uv=Path(uv.find_uv_bin()),
         environ=site.environ("b"),
-        site=ClusterPackages(f"{site.url}/blobs"),
+        site=site_packages(f"{site.url}/blobs", dict),
     )
     assembler.assemble(ImageRecipe(tuple(Platform), lock), ignore)
     assert set(site.index.fetched.values()) == {1}
+
+
+@pytest.fixture
+def safe(site: Site) -> Iterator[SafeCluster]:
+    """The same cluster on a port that encrypts."""
+    cluster = SafeCluster(site.folder / "safe", more=site.packages.routes())
+    yield cluster
+    cluster.close()
+
+
+def packages_of(cluster: SafeCluster, **options: Any) -> ClusterPackages:
+    return site_packages(f"{cluster.url}/api/blobs", lambda: options)
+
+
+def test_nodes_fetch_from_a_cluster_that_encrypts_too(site: Site, index: Index, safe: SafeCluster) -> None:
+    lock = site.lock(index.add("one", requires=("two",)), index.add("two"))
+    for name in ("n1", "n2"):
+        safe.join(name)
+        packages = packages_of(safe, verify=safe.tls_of(name))
+        site.node(name, packages).materialise(lock, ignore)
+    assert index.fetched == {wheel.name: 1 for wheel in index.wheels}
+    # At the same address as before: uv, which caches by address, has nothing to fetch again.
+    with packages.serving(lock) as first, packages.serving(lock) as beside:
+        assert httpx.get(f"{first}one/").is_success
+        assert httpx.get(f"{beside}one/").is_success
+        assert first != beside
+    assert index_for(packages, lock) == first
+
+
+def test_nothing_but_packages_is_passed_on_and_to_no_stranger(
+    site: Site, index: Index, safe: SafeCluster
+) -> None:
+    lock = site.lock(index.add("one"))
+    authority = safe.security.admission.authority_pem
+    guessed = http_options(authority, "s1", "guessed", DEFAULT_CLUSTER)
+    assert index_for(packages_of(safe, verify=cluster_tls(authority)), lock) == ""
+    assert index_for(packages_of(safe, **guessed), lock) == ""
+    assert index_for(packages_of(safe), lock) == ""  # an authority that nobody has named
+    safe.join("n1")
+    blob = f"api/blobs/{hashlib.sha256(lock.encode()).hexdigest()}"
+    with packages_of(safe, verify=safe.tls_of("n1")).serving(lock) as found:
+        base = found.removesuffix("/simple/")
+        for path in (f"../{blob[4:]}", f"%2e%2e/{blob[4:]}", f"..%2F{blob[4:]}", blob, f"/{blob}"):
+            url = httpx.URL(base).copy_with(raw_path=f"/{path}".encode())
+            answer = httpx.get(url)
+            assert answer.status_code == 404, path
 
 
 def test_a_node_asks_the_index_itself_while_the_cluster_is_away_or_does_not_know_the_lock(
@@ -199,8 +256,8 @@ def test_a_node_asks_the_index_itself_while_the_cluster_is_away_or_does_not_know
 ) -> None:
     lock = lock_of(index.add("one"), python=MINOR)
     site.node("a").materialise(lock, ignore)
-    assert ClusterPackages(f"http://127.0.0.1:{free_port()}/api/blobs").index_for(lock) == ""
-    assert ClusterPackages("https://127.0.0.1/api/blobs").index_for(lock) == ""
+    assert index_for(site_packages(f"http://127.0.0.1:{free_port()}/api/blobs", dict), lock) == ""
+    assert index_for(site_packages(f"https://127.0.0.1:{free_port()}/api/blobs", dict), lock) == ""
     assert list(site.kept.digests()) == []
 
 
@@ -227,7 +284,7 @@ def test_other_bytes_than_locked_are_not_taken_from_the_index(site: Site, index:
     wheel = index.add("one")
     lock = site.lock(wheel)
     path = path_of(wheel)
-    ClusterPackages(f"{site.url}/blobs").index_for(lock)
+    index_for(site_packages(f"{site.url}/blobs", dict), lock)
     assert site.ask("simple/one/").status_code == HTTPStatus.OK
     wheel.write_bytes(b"evil")
     assert site.ask(path).status_code != HTTPStatus.OK
@@ -239,7 +296,7 @@ def test_other_bytes_than_locked_are_not_taken_from_the_index(site: Site, index:
 
 def test_what_no_known_lock_has_is_not_served_also_when_it_is_here(site: Site, index: Index) -> None:
     known, unknown = index.add("known"), index.add("unknown")
-    ClusterPackages(f"{site.url}/blobs").index_for(site.lock(known))
+    index_for(site_packages(f"{site.url}/blobs", dict), site.lock(known))
     site.kept.put(unknown.read_bytes())
     assert site.ask(path_of(known)).content == known.read_bytes()
     for path in (path_of(unknown), "simple/unknown/", "files/x/y.whl", "simple/../"):
@@ -250,7 +307,7 @@ def test_what_no_known_lock_has_is_not_served_also_when_it_is_here(site: Site, i
 
 def test_a_part_of_a_file_is_given(site: Site, index: Index) -> None:
     wheel = index.add("one")
-    ClusterPackages(f"{site.url}/blobs").index_for(site.lock(wheel))
+    index_for(site_packages(f"{site.url}/blobs", dict), site.lock(wheel))
     data = wheel.read_bytes()
     for header, part in (("bytes=0-3", data[:4]), ("bytes=-5", data[-5:]), ("bytes=7-", data[7:])):
         answer = site.ask(path_of(wheel), Range=header)
@@ -261,7 +318,7 @@ def test_a_part_of_a_file_is_given(site: Site, index: Index) -> None:
 
 def test_a_damaged_file_is_fetched_again(site: Site, index: Index) -> None:
     wheel = index.add("one")
-    ClusterPackages(f"{site.url}/blobs").index_for(site.lock(wheel))
+    index_for(site_packages(f"{site.url}/blobs", dict), site.lock(wheel))
     site.ask(path_of(wheel))
     (digest,) = site.kept.digests()
     (site.folder / "packages" / digest[:2] / digest).write_bytes(b"damaged")
@@ -270,7 +327,7 @@ def test_a_damaged_file_is_fetched_again(site: Site, index: Index) -> None:
 
 def test_files_that_nobody_asked_for_in_a_month_go(site: Site, index: Index) -> None:
     wheel = index.add("one")
-    ClusterPackages(f"{site.url}/blobs").index_for(site.lock(wheel))
+    index_for(site_packages(f"{site.url}/blobs", dict), site.lock(wheel))
     site.ask(path_of(wheel))
     site.clock.days = 29
     site.packages.shrink()

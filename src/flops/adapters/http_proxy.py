@@ -1,9 +1,10 @@
-"""Passes HTTP requests on to a server on this machine, as they come and without holding them in memory."""
+"""Passes HTTP requests on to another server, as they come and without holding them in memory."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 from starlette.background import BackgroundTask
@@ -34,10 +35,12 @@ class HttpProxy:
         url: of the server; paths are appended to it.
         prefix: what is taken off the beginning of paths.
         name: what the server is called in messages.
+        options: of the HTTP client, such as `verify`: how to encrypt.
     """
 
-    def __init__(self, url: str, prefix: str, name: str) -> None:
+    def __init__(self, url: str, prefix: str, name: str, **options: Any) -> None:
         self._url = httpx.URL(url)
+        self._options = options
         self._prefix = prefix.encode()
         self._name = name
         self._client: httpx.AsyncClient | None = None
@@ -47,7 +50,8 @@ class HttpProxy:
         """Hold the connections to the server."""
         timeout = httpx.Timeout(_ANSWER_S, connect=_CONNECT_S)
         limits = httpx.Limits(max_connections=_CONNECTIONS)
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as self._client:
+        client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, **self._options)
+        async with client as self._client:
             yield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +77,8 @@ class HttpProxy:
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         passed_on = self._client.build_request(
             request.method,
-            self._url.copy_with(raw_path=b"/" + path.lstrip(b"/") + query),  # never another host
+            # Never another host, and nothing above the URL.
+            self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + b"/" + path.lstrip(b"/") + query),
             headers=headers,
             content=request.stream() if has_body else None,
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from urllib.parse import urlsplit
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import httpx
 
@@ -65,26 +65,31 @@ class ClusterPackages:
     """Implements `flops.package_ports.SitePackages`: what the cluster serves, if it does.
 
     Args:
-        blobs_url: base URL of the cluster's blobs, which has to know a lock. Over TLS nothing is asked for:
-            uv would have to be told the cluster's authority.
+        reach: opens a way to the packages of the cluster, and says at which base URL they are then. It may
+            raise `FlopsError`.
     """
 
-    def __init__(self, blobs_url: str) -> None:
-        parts = urlsplit(blobs_url)
-        self._url = f"http://{parts.netloc}/api/packages" if parts.scheme == "http" else ""
+    def __init__(self, reach: Callable[[], AbstractContextManager[str]]) -> None:
+        self._reach = reach
 
-    def index_for(self, lock: str) -> str:
-        """URL of an index that has the files of a lock; "" when the cluster serves none."""
-        if not self._url:
-            return ""
-        digest = hashlib.sha256(lock.encode()).hexdigest()
-        try:
-            with httpx.Client(trust_env=False, timeout=_ASK_TIMEOUT_S) as client:
-                answer = client.post(f"{self._url}/locks/{digest}")
-        except httpx.HTTPError as exc:
-            _log.info("the cluster is not asked for packages: %s", exc)
-            return ""
-        return f"{self._url}/simple/" if answer.status_code == httpx.codes.NO_CONTENT else ""
+    @contextmanager
+    def serving(self, lock: str) -> Iterator[str]:
+        """URL of an index that has the files of a lock; see `SitePackages`."""
+        with ExitStack() as way:
+            try:
+                url = way.enter_context(self._reach())
+                found = f"{url}/simple/" if _takes(url, lock) else ""
+            except (httpx.HTTPError, FlopsError) as exc:
+                _log.info("the cluster is not asked for packages: %s", exc)
+                found = ""
+            yield found
+
+
+def _takes(url: str, lock: str) -> bool:
+    """Whether the cluster serves the files of a lock; raises `httpx.HTTPError`."""
+    digest = hashlib.sha256(lock.encode()).hexdigest()
+    with httpx.Client(trust_env=False, timeout=_ASK_TIMEOUT_S) as client:
+        return client.post(f"{url}/locks/{digest}").status_code == httpx.codes.NO_CONTENT
 
 
 def _check(answer: httpx.Response, what: str) -> None:

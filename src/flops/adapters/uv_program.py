@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -140,9 +141,9 @@ def with_site_packages(
         install: runs uv.
         report: is told what fails.
     """
-    index = site.index_for(lock) if site is not None else ""
-    if index:
-        done = install(uv.through(index))
+    with nullcontext("") if site is None else site.serving(lock) as index:
+        done = install(uv.through(index)) if index else None
+    if done is not None:
         if done.exit_code == 0:
             return done
         report(f"The cluster's packages cannot be used, the package index is: {essence(done.errors)}")

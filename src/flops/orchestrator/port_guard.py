@@ -45,7 +45,7 @@ from flops.wire.join import (
 from flops.wire.services import TRACKING_PATH
 
 _OPEN = frozenset({"/", AUTHORITY_PATH, JOIN_PATH})
-_FOR_SERVICES = ("/api/blobs/", "/v2/")
+_FOR_SERVICES = ("/api/blobs/", "/api/packages/", "/v2/")
 _LONGEST_REQUEST = 64 * 1024
 
 _log = logging.getLogger(__name__)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
+from starlette.routing import BaseRoute
 
 from flops.adapters.cluster_register import FileClusterRegister
 from flops.adapters.file_blobs import FileBlobs
@@ -46,10 +47,17 @@ class MovedClock:
 
 
 class SafeCluster:
-    """A cluster that encrypts; `restart` starts it anew on the same files and port."""
+    """A cluster that encrypts; `restart` starts it anew on the same files and port.
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    Args:
+        folder: of its files.
+        port: that it listens on; 0 for a free one.
+        more: what it serves beside what every cluster serves.
+    """
+
+    def __init__(self, folder: Path, port: int = 0, more: Sequence[BaseRoute] = ()) -> None:
         self.folder = folder
+        self._more = more
         self.clock = MovedClock()
         self.port = port
         self.start()
@@ -64,7 +72,7 @@ class SafeCluster:
         own = Cluster(name=DEFAULT_CLUSTER, is_connected=True)
         self.clusters = Clusters(register, self.orchestrator, self.clock, lambda: own)
         self.blobs = FileBlobs(self.folder / "blobs")
-        app = build_app(self.orchestrator, self.blobs, more=self.clusters.routes())
+        app = build_app(self.orchestrator, self.blobs, more=(*self.clusters.routes(), *self._more))
         app = guarded(app, self.security.admission, self.orchestrator)
         self.server = HttpServer(app, "127.0.0.1", self.port, tls=self.security.tls)
         self.server.start()

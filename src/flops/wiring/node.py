@@ -12,9 +12,10 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uv
 
@@ -71,6 +72,7 @@ from flops.node.supervisor import Supervisor
 from flops.ports import DataCatalog, Environments, Runtime
 from flops.retention_ports import Cache
 from flops.settings import NodeSettings, inherited_environment
+from flops.wire.cluster_tls import cluster_tls
 from flops.wire.flight import IDENTITY_FILE, TAGS_FOLDER, TOKEN_FILE, Right, Scope, mint_token
 from flops.wire.server_trust import with_trust
 from flops.wiring.data import open_data_catalog, server_trust
@@ -113,7 +115,9 @@ def node_parts(paths: NodePaths) -> NodeParts:
     downloads = UvCache(Path(uv.find_uv_bin()), inherited_environment(), limit)
     conf = NodeConfiguration(node_conf_file(paths).load())
     return NodeParts(
-        environments=open_environments(paths.environments, _blobs_url(paths, conf)),
+        environments=open_environments(
+            paths.environments, _blobs_url(paths, conf), functools.partial(_cluster_options, paths)
+        ),
         kit_dir=install_kit(paths.kit),
         open_catalog=open_data_catalog,
         caches=(EnvironmentFolders(paths.environments),),
@@ -299,6 +303,18 @@ def end_leftovers(paths: NodePaths) -> int:
 def _blobs_url(paths: NodePaths, conf: NodeConfiguration) -> str:
     is_encrypted = conf.is_cluster_tls or paths.identity.exists()
     return f"{'https' if is_encrypted else 'http'}://{conf.cluster}/api/blobs"
+
+
+def _cluster_options(paths: NodePaths) -> Mapping[str, Any]:
+    """Options of an HTTP client that speaks to the cluster as this node."""
+    from flops.adapters.node_identity import read_identity
+
+    identity = read_identity(paths.identity)
+    return (
+        {}
+        if identity is None
+        else {"verify": cluster_tls(identity.authority, paths.identity, identity.dials)}
+    )
 
 
 def _name_of(home: Path) -> str:

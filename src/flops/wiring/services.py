@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from flops.actor import ActorContext, EventLog
     from flops.builder.images import ImageTools
     from flops.core.ids import Digest
@@ -33,7 +35,9 @@ def run_builder(arguments: list[str]) -> int:
         lambda context, events: build(
             context,
             events,
-            partial(open_environments, blobs_url=context.blobs_url),
+            partial(
+                open_environments, blobs_url=context.blobs_url, options=partial(_cluster_options, context)
+            ),
             partial(open_image_tools, context, builds),
             partial(_fetch_blob, context),
         ),
@@ -77,10 +81,15 @@ def _part_and_confine(file: Path) -> ContainerBuilds | None:
 def _fetch_blob(context: ActorContext, url: str, digest: Digest, path: Path) -> None:
     """Bring a verified blob of the cluster into a file, as the service that asks."""
     from flops.adapters.blob_client import HttpBlobClient
+
+    HttpBlobClient(url, **_cluster_options(context)).fetch(digest, path)
+
+
+def _cluster_options(context: ActorContext) -> dict[str, Any]:
+    """Options of an HTTP client that speaks to the cluster as the service."""
     from flops.wire.cluster_tls import http_options
 
-    options = http_options(context.authority, context.service_id, context.key, context.cluster)
-    HttpBlobClient(url, **options).fetch(digest, path)
+    return http_options(context.authority, context.service_id, context.key, context.cluster)
 
 
 def run_aggregator(arguments: list[str]) -> int:
@@ -113,14 +122,13 @@ def run_aggregator(arguments: list[str]) -> int:
 def _open_tracker(context: ActorContext, uri: str) -> Tracker:
     """The record of experiments at a URI, or where the cluster's port leads, as the service that asks."""
     from flops.adapters.mlflow_tracker import MlflowTracker
-    from flops.wire.cluster_tls import http_options
     from flops.wire.services import TRACKING_PATH
 
     public_uri = str(context.config.get("tracking_public_uri", ""))
     if uri != TRACKING_PATH:
         return MlflowTracker(uri, public_uri=public_uri)
-    options = http_options(context.authority, context.service_id, context.key, context.cluster)
-    return MlflowTracker(urljoin(context.blobs_url, uri), public_uri=public_uri, **options)
+    url = urljoin(context.blobs_url, uri)
+    return MlflowTracker(url, public_uri=public_uri, **_cluster_options(context))
 
 
 def run_mock_data_provider(arguments: list[str]) -> int:
@@ -176,12 +184,12 @@ def open_image_tools(context: ActorContext, builds: ContainerBuilds | None, orde
     from flops.adapters.images.layer_cache import LayerCache
     from flops.adapters.images.pulled_base import PulledBase
     from flops.adapters.images.source_packages import SourcePackages
-    from flops.adapters.package_index import ClusterPackages
     from flops.adapters.uv_program import UvProgram
     from flops.builder.images import ImageTools
     from flops.core.image_reference import parse_reference
     from flops.settings import inherited_environment
     from flops.wiring.registries import open_registry
+    from flops.wiring.site_packages import site_packages
 
     environ = inherited_environment()
     root = Path(context.images_dir)
@@ -203,7 +211,7 @@ def open_image_tools(context: ActorContext, builds: ContainerBuilds | None, orde
         runs_here=runs_here,
         toolchain=None if order.base else compilers,
     )
-    site = ClusterPackages(context.blobs_url)
+    site = site_packages(context.blobs_url, partial(_cluster_options, context))
     assembler = OciAssembler(
         root / "layers", blobs, bases, uv=program, environ=environ, site=site, sources=sources
     )
@@ -231,25 +239,26 @@ def own_lock() -> str:
     return files("flops.builder").joinpath("aggregator.lock").read_text()
 
 
-def open_environments(root: Path, blobs_url: str) -> Environments:
+def open_environments(root: Path, blobs_url: str, options: Callable[[], Mapping[str, Any]]) -> Environments:
     """The environments in a folder of this machine, built by uv.
 
     Args:
         root: the folder.
         blobs_url: base URL of the cluster's blobs, which may serve packages as well.
+        options: of an HTTP client that speaks to it; see `site_packages`.
     """
     from importlib.metadata import version
 
     import uv
 
-    from flops.adapters.package_index import ClusterPackages
     from flops.adapters.uv_environments import UvEnvironments
     from flops.settings import inherited_environment
+    from flops.wiring.site_packages import site_packages
 
     return UvEnvironments(
         root,
         uv=Path(uv.find_uv_bin()),
         environ=inherited_environment(),
         mlflow_version=version("mlflow"),
-        site=ClusterPackages(blobs_url),
+        site=site_packages(blobs_url, options),
     )
