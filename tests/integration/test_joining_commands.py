@@ -69,6 +69,11 @@ def test_a_node_joins_works_renews_itself_and_is_locked_out(deployment: Deployme
     deployment.flops("data", "push", "more.csv", "--tag", "rows", *sent)
     until(lambda: deployment.rows("rows") == 41, "the device's row")
 
+    found = json.loads(deployment.node("one", "doctor", "--format", "json", exit_code=None).stdout)["data"]
+    files = {f["where"] for f in found["findings"] if f["check"] == "certificate"}
+    home = deployment.home / "one"
+    assert files == {str(home / "identity.pem"), str(home / "dataserver" / "identity.pem")}
+
     first = status_of(deployment, "one")["certificate"]
     assert first["signer"].startswith("FLOps cluster")
     until(lambda: status_of(deployment, "one")["certificate"] != first, "a renewed certificate", timeout_s=30)

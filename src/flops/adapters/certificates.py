@@ -20,6 +20,7 @@ from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import server_name
 
+_AUTHORITY_NAME = "FLOps cluster"
 _AUTHORITY_LIFE_S = 30 * 365 * 86_400.0
 
 
@@ -128,10 +129,22 @@ class FileAuthority:
         return _pem(signed)
 
 
+def life_of(pem: str) -> tuple[float, float]:
+    """When a certificate was signed and when it ends, in seconds since the epoch.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = x509.load_pem_x509_certificate(pem.encode())
+    begins_s = found.not_valid_before_utc.timestamp()
+    is_ours = found.issuer.rfc4514_string().startswith(f"CN={_AUTHORITY_NAME}")
+    return begins_s + (CLOCKS_DIFFER_BY_S if is_ours else 0.0), found.not_valid_after_utc.timestamp()
+
+
 def _make_authority(now_s: float) -> str:
     key = ec.generate_private_key(ec.SECP256R1())
     digest = hashlib.sha256(_public_bytes(key.public_key())).hexdigest()
-    name = f"FLOps cluster {digest[:8]}"
+    name = f"{_AUTHORITY_NAME} {digest[:8]}"
     usage = x509.KeyUsage(
         digital_signature=False,
         content_commitment=False,

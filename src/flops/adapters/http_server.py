@@ -185,14 +185,13 @@ class _ToldHandshake(ssl.SSLObject):
             raise
 
 
-def server_tls(identity: Path, authority: str | None, *, key: Path | None = None) -> ssl.SSLContext:
+def server_tls(identity: Path, authority: str | None) -> ssl.SSLContext:
     """How a server encrypts.
 
     Args:
         identity: file with its key and certificates; when it has changed, `load_cert_chain` takes the new.
         authority: whose certificates clients may show, PEM; None when they show none. A client without one,
             or with an expired one, is let in all the same: what it may do is the application's to say.
-        key: file with the key, when that is not in `identity`.
 
     Raises:
         OSError: the files cannot be read; as `ssl.SSLError` when they hold something else.
@@ -200,7 +199,7 @@ def server_tls(identity: Path, authority: str | None, *, key: Path | None = None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2 if authority is None else ssl.TLSVersion.TLSv1_3
     context.sslobject_class = _ToldHandshake
-    context.load_cert_chain(identity, key)
+    context.load_cert_chain(identity, password="")  # rather than ask somebody at a terminal for it
     if authority is not None:
         context.verify_mode = ssl.CERT_OPTIONAL
         context.verify_flags |= _NO_CHECK_OF_TIME

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import flops
 from flops.adapters.system_clock import SystemClock
 from flops.cli.api_client import ApiClient
 from flops.cli.connection import find_manager, is_elsewhere
 from flops.cli.control import LOG_FILE, read_endpoint
-from flops.cli.examination import HERE, WAIT_S, Check, is_answering, skew_against
+from flops.cli.examination import HERE, WAIT_S, Check, examine_shown_certificate, is_answering, skew_against
 from flops.control.lifetime import ENDPOINT_FILE, STARTUP_ERROR_FILE
 from flops.core.health import clock_findings, fine, is_loopback, known, problem, version_findings, warning
 from flops.errors import FlopsError
@@ -84,6 +85,7 @@ def checks_of_cluster(asked: Asked, *, is_local: bool) -> dict[str, Check]:
         return {}
     checks: dict[str, Check] = {
         "MLflow": functools.partial(_examine_tracking, asked.status),
+        "certificate": functools.partial(_examine_certificates, asked.status),
         "encryption": functools.partial(_examine_encryption, asked.status, asked.nodes),
         "nodes": functools.partial(_examine_nodes, asked.nodes),
     }
@@ -104,6 +106,15 @@ def _examine_tracking(status: ControlStatus) -> Iterator[Finding]:
     else:
         what = f"It does not answer: {status.tracking_detail}."
         yield problem("MLflow", url, what, "It is started again by itself; its log says why it ends.")
+
+
+def _examine_certificates(status: ControlStatus) -> Iterator[Finding]:
+    """The certificates that the manager and the cluster show right now."""
+    manager = urlsplit(status.manager_url)
+    if manager.scheme == "https":
+        yield from examine_shown_certificate(status.manager_url.partition("://")[2])
+    if status.is_cluster_encrypted:
+        yield from examine_shown_certificate(status.cluster_address)
 
 
 def _examine_encryption(status: ControlStatus, nodes: tuple[ExaminedNode, ...]) -> Iterator[Finding]:

@@ -16,8 +16,16 @@ import typer
 
 from flops.adapters.system_clock import SystemClock
 from flops.cli.findings import show_findings
-from flops.cli.output import OutputFormat, print_data, say
-from flops.core.health import Finding, Severity, disk_findings, fine, health_of, problem
+from flops.cli.output import OutputFormat, print_data, say, timestamp
+from flops.core.health import (
+    Finding,
+    Severity,
+    certificate_findings,
+    disk_findings,
+    fine,
+    health_of,
+    problem,
+)
 from flops.errors import CATALOGUE, ErrorCode, FlopsError
 
 Check = Callable[[], Iterable[Finding]]
@@ -76,6 +84,25 @@ def examine_disk(folder: Path) -> Iterable[Finding]:
     free_mb, total_mb = usage.free // 1024**2, usage.total // 1024**2
     found = list(disk_findings(free_mb, total_mb, str(folder)))
     return found or [fine("disk", str(folder), f"{free_mb:,} of {total_mb:,} MB are free.")]
+
+
+def examine_certificate(not_before_s: float, not_after_s: float, where: str) -> Iterable[Finding]:
+    """Until when a certificate is good; see `certificate_findings`."""
+    found = list(certificate_findings(not_before_s, not_after_s, SystemClock().now_s(), where))
+    return found or [fine("certificate", where, f"It is good until {timestamp(not_after_s)}.")]
+
+
+def examine_shown_certificate(address: str) -> Iterable[Finding]:
+    """The certificate that is shown at an address, ``host:port``, whoever is there."""
+    from flops.adapters.certificates import life_of
+
+    host, _, port = address.rpartition(":")
+    try:
+        shown = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=WAIT_S)
+        return examine_certificate(*life_of(shown), address)
+    except (OSError, ValueError) as exc:
+        what = f"No certificate can be seen: {exc}."
+        return [problem("certificate", address, what, "Look at the log of the control plane.")]
 
 
 def is_answering(host: str, port: int) -> bool:

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING
 
 from flops import __version__
 from flops.adapters.host_facts import LocalHost
+from flops.adapters.node_identity import read_identity
 from flops.adapters.node_link import dial_cluster
 from flops.adapters.system_clock import SystemClock
-from flops.cli.examination import HERE, WAIT_S, Check, examine_disk, is_answering, skew_against
+from flops.cli.examination import (
+    HERE,
+    WAIT_S,
+    Check,
+    examine_certificate,
+    examine_disk,
+    is_answering,
+    skew_against,
+)
 from flops.cli.node_config import load_configuration
 from flops.cli.node_process import running_report
 from flops.core.build_tools import build_findings
@@ -32,7 +41,7 @@ from flops.core.health import (
     version_findings,
 )
 from flops.node.home import running_pid
-from flops.wire.flight import ENDPOINT_FILE
+from flops.wire.flight import ENDPOINT_FILE, IDENTITY_FILE
 from flops.wiring.membership import Membership
 from flops.wiring.node_files import node_build_tools, node_engine_findings
 
@@ -83,6 +92,7 @@ def node_checks(paths: NodePaths) -> dict[str, Check]:
         "configuration": functools.partial(_examine_configuration, paths),
         "daemon": functools.partial(_examine_daemon, paths),
         "cluster": functools.partial(_examine_cluster, paths),
+        "certificate": functools.partial(_examine_certificates, paths),
         "data server": functools.partial(_examine_data_server, paths),
         "tools": functools.partial(_examine_tools, paths),
         "containers": functools.partial(_examine_containers, paths),
@@ -117,6 +127,13 @@ def _examine_cluster(paths: NodePaths) -> Iterator[Finding]:
         if skew_s is not None:
             found = list(clock_findings(skew_s, HERE, "the cluster's"))
             yield from found or [fine("clock", HERE, "Its clock is that of the cluster, to a second.")]
+
+
+def _examine_certificates(paths: NodePaths) -> Iterator[Finding]:
+    """The node's own certificate, and its data server's; nothing where it has none."""
+    for file in (paths.identity, paths.data_server / IDENTITY_FILE):
+        if file.exists() and (found := read_identity(file)) is not None:
+            yield from examine_certificate(found.not_before_s, found.not_after_s, str(file))
 
 
 def _examine_data_server(paths: NodePaths) -> Iterator[Finding]:

@@ -31,6 +31,8 @@ DISK_PROBLEM = (500, 0.03)
 MEMORY_WARNING_PERCENT = 92.0
 MEMORY_PROBLEM_PERCENT = 97.0
 RESTARTS_WARNING = 3
+CERTIFICATE_LEFT_WARNING = 1 / 4  # of its life; it is renewed when a third is left
+_FOR_CERTIFICATE = "The log of whoever shows it says why it is not renewed; docs/security.md says how it is."
 _FOR_GROUPS = "Run the NodeEngine as root or by systemd, for limits."
 _FOR_CONFINEMENT = (
     "Use a kernel with Landlock (Linux 6.12), to keep services to their own files, processes and ports."
@@ -238,6 +240,26 @@ def clock_findings(skew_s: float, where: str, whose: str) -> Iterator[Finding]:
         direction = "ahead of" if skew_s > 0 else "behind"
         advice = "Have both machines set their clocks by NTP (`timedatectl set-ntp true`)."
         yield make("clock", where, f"Its clock is {abs(skew_s):.1f} s {direction} {whose}.", advice)
+
+
+def certificate_findings(
+    not_before_s: float, not_after_s: float, now_s: float, where: str
+) -> Iterator[Finding]:
+    """A certificate that has expired, or will: it renews itself in time, unless something is wrong.
+
+    Args:
+        not_before_s: when it was signed, in seconds since the epoch; likewise the others.
+        not_after_s: when it ends.
+        now_s: the time.
+        where: the file, or the address that shows it.
+    """
+    left_s = not_after_s - now_s
+    if left_s <= 0:
+        what = f"Its certificate has expired {ago(-left_s)} ago: it is refused."
+        yield problem("certificate", where, what, _FOR_CERTIFICATE)
+    elif left_s < (not_after_s - not_before_s) * CERTIFICATE_LEFT_WARNING:
+        what = f"Its certificate ends in {ago(left_s)}, and has not been renewed."
+        yield warning("certificate", where, what, _FOR_CERTIFICATE)
 
 
 def limit_findings(limits: Sequence[str], note: str, where: str) -> Iterator[Finding]:

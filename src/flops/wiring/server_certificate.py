@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flops.adapters.certificates import FileAuthority
@@ -105,22 +107,45 @@ def given_certificate(certificate: Path, key: Path | None, *, look_s: float = _L
         FlopsError: ``config_invalid`` for files that cannot be used.
     """
 
-    def load() -> ssl.SSLContext:
-        try:
-            return server_tls(certificate, None, key=key)
-        except OSError as exc:
-            files = f"{certificate}" if key is None else f"{certificate} with the key {key}"
-            reason = exc.reason if isinstance(exc, ssl.SSLError) and exc.reason else exc.strerror or exc
-            raise FlopsError(
-                ErrorCode.CONFIG_INVALID,
-                f"The manager's certificate {files} cannot be used: {reason}.",
-                hint="FLOPS_TLS_CERTIFICATE and FLOPS_TLS_KEY name PEM files that belong together; the key "
-                "has no password.",
-            ) from exc
+    with _named(certificate, key), _whole(certificate, key) as path:
+        tls = server_tls(path, None)
+        loaded = path.read_bytes()
 
     def renew() -> None:
-        load()  # half a replacement must not get into the context in use
-        tls.load_cert_chain(certificate, key)
+        nonlocal loaded
+        with _named(certificate, key), _whole(certificate, key) as path:
+            found = path.read_bytes()
+            if found != loaded:
+                server_tls(path, None)  # what does not fit together must not get into the context in use
+                tls.load_cert_chain(path, password="")
+                loaded = found
 
-    tls = load()
     return ServerCertificate(tls, renew, look_s)
+
+
+@contextlib.contextmanager
+def _named(certificate: Path, key: Path | None) -> Iterator[None]:
+    """Name the operator's files in what goes wrong with them."""
+    try:
+        yield
+    except OSError as exc:
+        files = f"{certificate}" if key is None else f"{certificate} with the key {key}"
+        reason = exc.reason if isinstance(exc, ssl.SSLError) and exc.reason else exc.strerror or exc
+        raise FlopsError(
+            ErrorCode.CONFIG_INVALID,
+            f"The manager's certificate {files} cannot be used: {reason}.",
+            hint="FLOPS_TLS_CERTIFICATE and FLOPS_TLS_KEY name PEM files that belong together; the "
+            "key has no password.",
+        ) from exc
+
+
+@contextlib.contextmanager
+def _whole(certificate: Path, key: Path | None) -> Iterator[Path]:
+    """What both hold, read once, as a file that is on no disk: while they are replaced, none gets in half."""
+    pem = b"\n".join(file.read_bytes() for file in (certificate, key) if file is not None)
+    descriptor = os.memfd_create("certificate")
+    try:
+        os.write(descriptor, pem)
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)

@@ -22,6 +22,7 @@ from flops.core.health import (
     Finding,
     Severity,
     ago,
+    certificate_findings,
     disk_findings,
     examine_nodes,
     health_of,
@@ -202,6 +203,23 @@ def test_the_worst_comes_first() -> None:
 )
 def test_disks_of_every_size(free_mb: int, total_mb: int, severity: Severity | None) -> None:
     assert [f.severity for f in disk_findings(free_mb, total_mb, "d")] == ([severity] if severity else [])
+
+
+@pytest.mark.parametrize(
+    ("left_s", "severity", "text"),
+    [
+        (100.0, None, ""),
+        (34.0, None, ""),
+        (26.0, None, ""),  # it is renewed at 33, and tried again then
+        (24.0, Severity.WARNING, "ends in 24 s"),
+        (0.0, Severity.PROBLEM, "expired"),
+        (-7_300.0, Severity.PROBLEM, "expired 2 h ago"),
+    ],
+)
+def test_a_certificate_that_nobody_renews(left_s: float, severity: Severity | None, text: str) -> None:
+    found = list(certificate_findings(NOW_S + left_s - 100.0, NOW_S + left_s, NOW_S, "pi"))
+    assert [finding.severity for finding in found] == ([] if severity is None else [severity])
+    assert all(text in finding.what and finding.advice for finding in found)
 
 
 def test_durations_and_addresses() -> None:
