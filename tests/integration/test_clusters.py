@@ -439,6 +439,13 @@ def test_without_encryption_a_relay_says_which_cluster_it_is(plain: PlainSite) -
     error = refused(ErrorCode.CONFLICT, lambda: plain.start_relay("edge-a", plain.folder / "again"))
     assert "runs the cluster edge-a already" in error.message
     refused(ErrorCode.CONFLICT, lambda: plain.clusters.remove("edge-a"))
+    with httpx.Client(trust_env=False) as client:
+        said = client.post(
+            f"http://{plain.manager}/api/cluster/presence",
+            json={"cluster": "edge-b", "relay": "r", "address": "h:1"},
+            headers={"flops-cluster": "Edge B"},
+        )
+    assert said.json()["code"] == ErrorCode.USAGE.value
     presence = RelayPresence(cluster="Edge A", relay="r", address="h:1")
     refused(ErrorCode.USAGE, lambda: plain.clusters.heard(presence))
 

@@ -17,12 +17,14 @@ from flops.cli.connection import find_manager, is_elsewhere
 from flops.cli.control import LOG_FILE, read_endpoint
 from flops.cli.examination import HERE, WAIT_S, Check, examine_shown_certificate, is_answering, skew_against
 from flops.control.lifetime import ENDPOINT_FILE, STARTUP_ERROR_FILE
+from flops.core.federation import cluster_findings
 from flops.core.health import clock_findings, fine, is_loopback, known, problem, version_findings, warning
 from flops.errors import FlopsError
 from flops.wire.cluster_tls import manager_tls
-from flops.wire.rest import ControlStatus, NodeList
+from flops.wire.rest import ClusterList, ControlStatus, NodeList
 
 if TYPE_CHECKING:
+    from flops.core.federation import ClusterSummary
     from flops.core.health import ExaminedNode, Finding
     from flops.settings import ClientSettings
 
@@ -36,6 +38,7 @@ class Asked:
 
     status: ControlStatus | None = None
     nodes: tuple[ExaminedNode, ...] | None = None
+    clusters: tuple[ClusterSummary, ...] = ()
 
 
 def examine_manager(settings: ClientSettings, asked: Asked) -> Iterator[Finding]:
@@ -50,6 +53,7 @@ def examine_manager(settings: ClientSettings, asked: Asked) -> Iterator[Finding]
     try:
         asked.status = client.get("/status", ControlStatus)
         asked.nodes = client.get("/nodes", NodeList).nodes
+        asked.clusters = client.get("/clusters", ClusterList).clusters
     except FlopsError as error:
         advice = error.hint
         if is_local:
@@ -87,6 +91,9 @@ def checks_of_cluster(asked: Asked, *, is_local: bool) -> dict[str, Check]:
         "MLflow": functools.partial(_examine_tracking, asked.status),
         "certificate": functools.partial(_examine_certificates, asked.status),
         "encryption": functools.partial(_examine_encryption, asked.status, asked.nodes),
+        "clusters": functools.partial(
+            cluster_findings, asked.clusters, SystemClock().now_s(), asked.status.version
+        ),
         "nodes": functools.partial(_examine_nodes, asked.nodes),
     }
     for node in asked.nodes:

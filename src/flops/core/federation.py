@@ -1,14 +1,15 @@
-"""What the clusters of a federation have, told by their nodes."""
+"""What the clusters of a federation have, told by their nodes, and what is wrong with one."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 
 from flops.core.cluster import Node
-from flops.core.clusters import Cluster
+from flops.core.clusters import DEFAULT_CLUSTER, Cluster
+from flops.core.health import Finding, ago, fine, problem, version_findings
 
 
 class ClusterSummary(Cluster):
@@ -45,3 +46,26 @@ def summarize(clusters: Sequence[Cluster], nodes: Sequence[Node]) -> list[Cluste
             )
         )
     return summaries
+
+
+def cluster_findings(clusters: Sequence[Cluster], now_s: float, version: str) -> Iterator[Finding]:
+    """How the further clusters are; nothing of the manager's own.
+
+    Args:
+        clusters: all clusters.
+        now_s: the time, in seconds since the epoch.
+        version: of the control plane.
+    """
+    for cluster in clusters:
+        if cluster.name == DEFAULT_CLUSTER:
+            continue
+        if cluster.is_connected:
+            yield fine("clusters", cluster.name, f"It is connected; its nodes reach it at {cluster.address}.")
+            yield from version_findings(cluster.version, version, cluster.name)
+            continue
+        since = f", and was last heard {ago(now_s - cluster.last_seen_s)} ago" if cluster.last_seen_s else ""
+        advice = (
+            f"Run `flops cluster up` on its machine ({cluster.address.rpartition(':')[0]}), and look at its "
+            "way to this one; `flops cluster remove` forgets it."
+        )
+        yield problem("clusters", cluster.name, f"It is not connected{since}.", advice)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flops.core.admission import Caller, PeerCertificate, is_relay
 from flops.core.cluster import Service, ServiceKind
-from flops.core.clusters import DEFAULT_CLUSTER
+from flops.core.clusters import DEFAULT_CLUSTER, check_cluster_name
 from flops.core.model import Value
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.admission import Admission
@@ -57,9 +57,13 @@ def caller_of(scope: Scope) -> Caller:
     """Who is at the other side of a connection; of what a relay passes on, the node behind it.
 
     What stands in the headers of anybody else than a relay counts only where no certificates are asked for.
+
+    Raises:
+        FlopsError: ``usage`` for a cluster that cannot have that name.
     """
     headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
     cluster = headers.get(CLUSTER_HEADER.encode(), DEFAULT_CLUSTER)
+    cluster = cluster if cluster == DEFAULT_CLUSTER else check_cluster_name(cluster)
     shown = peer_of(scope)
     if shown is None or not is_relay(shown.name):
         return Caller(peer=shown, cluster=cluster)

@@ -108,9 +108,10 @@ class _Relay:
 
     async def _give(self, request: Request, digest: Digest) -> Response:
         target, headers = _target(request), self._headers(request)
-        async with self._uplink.ask("HEAD", target, headers) as answer:
+        whole = [(name, value) for name, value in headers if name != b"range"]
+        async with self._uplink.ask("HEAD", target, whole) as answer:
             is_given, told = answer.status == 200, dict(answer.headers)
-        if not is_given:
+        if not is_given or b"content-length" not in told:
             return self._pass_on(request)  # the manager says why not
         size = int(told[b"content-length"])
         try:
@@ -118,7 +119,6 @@ class _Relay:
         except NoSuchPartError:
             return Response(status_code=416, headers={"content-range": f"bytes */{size}"})
         start, stop = part or (0, size)
-        whole = [(name, value) for name, value in headers if name != b"range"]
         ask = functools.partial(self._uplink.ask, "GET", target, whole)
         response = StreamingResponse(
             await self._cache.open(digest, start, stop, ask), 200 if part is None else 206
