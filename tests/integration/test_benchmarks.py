@@ -12,7 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["rounds", "aggregation", "tracking", "data", "inference"])
+@pytest.mark.parametrize("name", ["rounds", "aggregation", "precision", "tracking", "data", "inference"])
 def test_a_benchmark_prints_a_table_and_its_figures(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke"],

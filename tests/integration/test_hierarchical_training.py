@@ -235,3 +235,13 @@ def test_a_cluster_that_is_stopped_before_it_joins_is_not_waited_for(stage: Trai
     assert stage.events(cluster(1), "failed") == []  # its node may start it again
     (record,) = cycles_of(stage)
     assert [part.learner for part in record.participants] == [cluster(0)]
+
+
+def test_clusters_send_changes_in_half_precision(stage: TrainingStage) -> None:
+    config = root_config(stage, cycles=2, clusters=1, update_precision="half")
+    training = stage.train_in_thread(stage.aggregator_context(config, stage.repo()))
+    start_clusters(stage, stage.repo(), clusters=1, each=1, rounds=1, update_precision="half")
+    training.result(60)
+    full = 7.9 * (1 - 0.5**2)  # half of the way to the mean of 0, 0.2, … 15.8, twice
+    assert best_of(stage)[0] == pytest.approx(full, rel=2**-10)
+    assert best_of(stage)[0] != pytest.approx(full, rel=1e-6)

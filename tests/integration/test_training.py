@@ -439,6 +439,27 @@ def test_the_strategys_config_reaches_the_users_code(stage: TrainingStage) -> No
     assert json.loads(seen.read_text()) == {"server-round": 1, "proximal-mu": 0.25}
 
 
+def test_updates_in_half_precision_train_nearly_the_same_model(stage: TrainingStage) -> None:
+    seen = stage.root / "seen.json"
+    repo = stage.repo(
+        changes={
+            "self.config = config": f"self.config = config\n        import json, pathlib\n"
+            f"        pathlib.Path({str(seen)!r}).write_text(json.dumps(config))"
+        }
+    )
+    config = stage.config(learners=1, rounds=2, update_precision="half")
+    training = stage.train_in_thread(stage.aggregator_context(config, repo))
+    stage.start_learner(0, repo, of=1)
+    training.result()
+    assert json.loads(seen.read_text()) == {"server-round": 2}  # how to answer is nothing of users' code
+    with np.load(stage.root / AGGREGATOR / "best.npz") as best:
+        assert best["0"].dtype == np.float32
+        half = best["0"][0]
+    full = 7.9 * (1 - 0.5**2)  # half of the way to the mean of 0, 0.2, … 15.8, twice
+    assert half == pytest.approx(full, rel=2**-11)
+    assert half != pytest.approx(full, rel=1e-6)
+
+
 def test_a_frozen_learner_does_not_keep_the_aggregator(stage: TrainingStage) -> None:
     """A learner that neither answers nor leaves is not waited for at the end."""
     config = stage.config(min_fit_clients=1, min_evaluate_clients=1, round_timeout_s=1.0, rounds=1)

@@ -28,6 +28,7 @@ KIT_MODULES = (
     "flops.wire.tag_schema",
     "flops.trainer",
     "flops.trainer.dialling",
+    "flops.trainer.half_precision",
     "flops.trainer.learner",
     "flops.trainer.loading",
     "flops.trainer.ml_repo",

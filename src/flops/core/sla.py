@@ -79,6 +79,13 @@ class Strategy(StrictValue):
         return self
 
 
+class UpdatePrecision(StrEnum):
+    """In which precision learners send what they have trained."""
+
+    FULL = "full"  # the parameters, in their own type
+    HALF = "half"  # what was changed, in half precision
+
+
 class EarlyStopping(StrictValue):
     """End the training when the metric has not improved for `patience` rounds."""
 
@@ -106,6 +113,7 @@ class TrainingConfiguration(StrictValue):
     max_clients: PositiveInt | None = None  # up to which later nodes are taken in; None: no node is
     strategy: Strategy = Strategy()
     round_timeout_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 3_600.0
+    update_precision: UpdatePrecision = UpdatePrecision.FULL
     min_clusters: PositiveInt = 1  # hierarchical: of which a cycle needs answers
     cluster_strategy: Strategy | None = None  # hierarchical: of the clusters' aggregators; None: `strategy`
     target_metric: TargetMetric | None = None

@@ -167,6 +167,7 @@ def _aggregator_config(project: Project, options: EngineOptions) -> AggregatorCo
         min_fit_clients=training.min_fit_clients,
         min_evaluate_clients=training.min_evaluate_clients,
         strategy=training.strategy,
+        update_precision=training.update_precision,
         round_timeout_s=training.round_timeout_s,
         load_timeout_s=options.load_timeout_s,
         target_metric=training.target_metric,

@@ -21,6 +21,7 @@ from flops.actor import ActorContext, EventLog
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.dialling import Dial
 from flops.trainer.gathering import JOIN_PATIENCE_S
+from flops.trainer.half_precision import HALF_UPDATES, changes_between
 from flops.trainer.learner import MEASURE_LOSS
 from flops.trainer.tier import Tier
 from flops.trainer.uplink import Asked, Uplink
@@ -153,7 +154,9 @@ class ClusterTraining:
         records = [record for record in self._tier.history if record.number > before]
         rows = sum(part.rows for part in records[-1].participants)
         told = [record.model_dump(mode="json") for record in records]
-        return Message(REPLY, {"rows": rows, "metrics": metrics, "rounds": told}, self._parameters)
+        is_half = header.get("config", {}).get(HALF_UPDATES)
+        update = changes_between(arrays, self._parameters) if is_half else self._parameters
+        return Message(REPLY, {"rows": rows, "metrics": metrics, "rounds": told}, update)
 
     def _evaluate(self, asked: Asked) -> Message:
         """Have the learners evaluate; the means and their weight are what sums over all rows need."""

@@ -21,12 +21,14 @@ import numpy as np
 from flops.actor import ActorContext, EventLog, log_failure, run_actor
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.dialling import Dial
+from flops.trainer.half_precision import HALF_UPDATES, changes_between
 from flops.trainer.loading import heartbeats
 from flops.trainer.ml_repo import MLRepo, describe_thread
 from flops.wire.training import EVALUATE, REPLY, STOP, TRAIN, Array, Message, Stream
 from flops_utils.local_data import DataSource
 
 MEASURE_LOSS = "measure-loss"  # config key: evaluate the received parameters before training on them
+_FOR_LEARNERS = frozenset({MEASURE_LOSS, HALF_UPDATES})  # of the config; the rest is for users' code
 
 
 def main(context: ActorContext, events: EventLog) -> None:
@@ -130,7 +132,11 @@ def _obey(instruction: Message, parameters: list[Array], repo: MLRepo) -> Messag
         metrics: dict[str, Any] = {}
         if config.get(MEASURE_LOSS):
             metrics["train_loss"] = repo.evaluate([np.array(array) for array in parameters]).loss
-        rows, arrays = repo.fit(parameters, {k: v for k, v in config.items() if k != MEASURE_LOSS})
+        is_half = config.get(HALF_UPDATES)
+        begin = [np.array(array) for array in parameters] if is_half else []  # user code may train in place
+        rows, arrays = repo.fit(parameters, {k: v for k, v in config.items() if k not in _FOR_LEARNERS})
+        if is_half:
+            arrays = changes_between(begin, arrays)
         return Message(REPLY, {"rows": rows, "metrics": metrics}, arrays)
     if instruction.type == EVALUATE:
         result = repo.evaluate(parameters)

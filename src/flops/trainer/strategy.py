@@ -11,9 +11,10 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 
-from flops.core.sla import Strategy, StrategyName
+from flops.core.sla import Strategy, StrategyName, UpdatePrecision
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.grid import ROWS, FlightGrid, arrays_of, record_of, reply_with
+from flops.trainer.half_precision import HALF_UPDATES, changed
 from flops.trainer.learner import MEASURE_LOSS
 from flops.trainer.tree_bagging import TreeBagging, problem_with_trees
 from flops.trainer.weighted_mean import FoldedMean, WeightedMean
@@ -62,12 +63,13 @@ class RoundStrategy:
 
     Args:
         asked: the strategy of the SLA.
+        precision: in which updates come.
 
     Raises:
         FlopsError: ``strategy_invalid``.
     """
 
-    def __init__(self, asked: Strategy) -> None:
+    def __init__(self, asked: Strategy, precision: UpdatePrecision = UpdatePrecision.FULL) -> None:
         self._name = asked.name
         parameters: dict[str, Any] = {
             key: int(value) if key in _WHOLE else value for key, value in asked.parameters.items()
@@ -83,7 +85,9 @@ class RoundStrategy:
         self._train_config: dict[str, Any] = {}
         if asked.name is StrategyName.QFED_AVG:
             self._train_config[MEASURE_LOSS] = True
-        self._dtypes: list[np.dtype[Any]] = []
+        if precision is UpdatePrecision.HALF:
+            self._train_config[HALF_UPDATES] = True
+        self._parameters: list[Array] = []  # that the round begins with
         self._replies: list[FlowerMessage] = []
         self._find_problem = (
             problem_with_trees if asked.name is StrategyName.FED_XGB_BAGGING else _problem_with_arrays
@@ -96,7 +100,7 @@ class RoundStrategy:
 
     def begin(self, parameters: Sequence[Array]) -> None:
         """Begin a round from these parameters."""
-        self._dtypes = [array.dtype for array in parameters]
+        self._parameters = list(parameters)
         self._replies = []
         if isinstance(self._flower, FoldedMean):
             self._flower.mean = WeightedMean()
@@ -117,12 +121,14 @@ class RoundStrategy:
 
     def take(self, instruction: FlowerMessage, update: Message) -> None:
         """Take in a learner's update; the result depends on their order."""
-        rows = int(update.header["rows"])
+        rows, arrays = int(update.header["rows"]), update.arrays
+        if HALF_UPDATES in self._train_config:
+            arrays = changed(self._parameters, arrays)
         if isinstance(self._flower, FoldedMean):
-            self._flower.mean.add(update.arrays, rows)
+            self._flower.mean.add(arrays, rows)
             return
         metrics = {key: float(value) for key, value in update.header["metrics"].items() if value is not None}
-        self._replies.append(reply_with(instruction, update.arrays, {ROWS: rows, **metrics}))
+        self._replies.append(reply_with(instruction, arrays, {ROWS: rows, **metrics}))
 
     def aggregate_train(self, number: int) -> list[Array]:
         """The new global parameters after all updates, of the types the model's parameters have.
@@ -140,7 +146,7 @@ class RoundStrategy:
             raise self._failed(number, "the strategy gave no parameters")
         raw = arrays_of(arrays)
         with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is looked for here
-            result = [_to_dtype(array, dtype) for array, dtype in zip(raw, self._dtypes, strict=True)]
+            result = [_to_dtype(new, old.dtype) for new, old in zip(raw, self._parameters, strict=True)]
         if not all(np.isfinite(array).all() for array in {id(a): a for a in (*raw, *result)}.values()):
             raise self._failed(
                 number, "the aggregated parameters are not finite; smaller learning rates may help"

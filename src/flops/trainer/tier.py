@@ -61,7 +61,7 @@ class Tier:
         self._events = events
         self.terms = terms_for(has_clusters=config.has_clusters)
         self._work_dir = Path(context.work_dir)
-        self._strategy = RoundStrategy(config.strategy)
+        self._strategy = RoundStrategy(config.strategy, config.update_precision)
         self.history: list[Round] = []
         self.store = CheckpointStore(self._work_dir / "checkpoint")
         self.server = self._listen()

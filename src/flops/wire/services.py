@@ -7,7 +7,7 @@ from pydantic import Field
 from flops.core.model import Value
 from flops.core.platforms import Platform
 from flops.core.project import Environment, TrainedModel
-from flops.core.sla import EarlyStopping, MockDataConfiguration, Strategy, TargetMetric
+from flops.core.sla import EarlyStopping, MockDataConfiguration, Strategy, TargetMetric, UpdatePrecision
 
 TRACKING_PATH = "/mlflow"  # of the MLflow server on the port of the manager, and of the cluster
 
@@ -61,6 +61,7 @@ class AggregatorConfig(Value):
     min_fit_clients: int
     min_evaluate_clients: int
     strategy: Strategy = Strategy()
+    update_precision: UpdatePrecision = UpdatePrecision.FULL
     round_timeout_s: float = 3600.0
     load_timeout_s: float = 600.0  # of its learners
     target_metric: TargetMetric | None = None

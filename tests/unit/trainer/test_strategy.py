@@ -14,11 +14,12 @@ from flwr.serverapp import strategy as flower
 
 from flops.actor import ActorContext, EventLog
 from flops.adapters.memory_tracker import MemoryTracker
-from flops.core.sla import Strategy, StrategyName
+from flops.core.sla import Strategy, StrategyName, UpdatePrecision
 from flops.core.strategies import STRATEGY_PARAMETERS
 from flops.errors import ErrorCode, FlopsError
 from flops.trainer.aggregator import main
 from flops.trainer.grid import FlightGrid
+from flops.trainer.half_precision import HALF_UPDATES, changes_between
 from flops.trainer.links import LearnerServer, Link
 from flops.trainer.strategy import RoundStrategy
 from flops.wire.training import REPLY, Array, Message, Stream
@@ -108,6 +109,30 @@ def test_what_is_folded_in_agrees_with_flowers_own_code(
         expected = theirs.aggregate_train(number, replies)[0].to_numpy_ndarrays()
         for array, other in zip(current, expected, strict=True):
             np.testing.assert_allclose(array, other, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [n.value for n in StrategyName if n is not StrategyName.FED_XGB_BAGGING])
+def test_updates_in_half_precision_lead_to_nearly_the_same(grid: FlightGrid, name: str) -> None:
+    asked = Strategy(name=StrategyName(name), parameters=NEEDED.get(name, {}))
+    generator = np.random.default_rng(0)
+    begin = [generator.normal(size=(20, 5)).astype(np.float32), np.array([3, 4], np.int64)]
+    updates = [[begin[0] + generator.normal(size=(20, 5)).astype(np.float32), begin[1] + 1] for _ in range(4)]
+    found = []
+    for precision in UpdatePrecision:
+        strategy = RoundStrategy(asked, precision)
+        strategy.begin(begin)
+        messages = strategy.configure_train(1, begin, grid)
+        for message, update in zip(messages, updates, strict=True):
+            config = dict(message.content["config"])
+            assert bool(config.get(HALF_UPDATES)) == (precision is UpdatePrecision.HALF)
+            arrays = changes_between(begin, update) if config.get(HALF_UPDATES) else update
+            assert strategy.problem_with(arrays, begin) is None
+            header = {"rows": 10, "metrics": {"train_loss": 1.0}}
+            strategy.take(message, Message(REPLY, header, list(arrays)))
+        found.append(strategy.aggregate_train(1))
+    for full, half in zip(*found, strict=True):
+        assert half.dtype == full.dtype
+        np.testing.assert_allclose(half, full, atol=2e-3)
 
 
 def test_fedmedian_is_not_moved_by_an_outlier(grid: FlightGrid) -> None:
