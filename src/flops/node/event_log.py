@@ -92,7 +92,13 @@ def last_failure(path: Path, offset: int) -> dict[str, Any] | None:
 
 def has_listened(path: Path) -> bool:
     """Whether the service has ever told that it listens."""
-    return any(event.get("kind") == "listening" for event in _events_behind(path, 0))
+    return bool(last_address(path))
+
+
+def last_address(path: Path) -> str:
+    """Where the service told last that it listens; "" when it never did."""
+    told = [event.get("address") for event in _events_behind(path, 0) if event.get("kind") == "listening"]
+    return str(told[-1]) if told else ""
 
 
 def _events_behind(path: Path, offset: int) -> Iterator[dict[str, Any]]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import flops
-from flops.actor import ActorContext
+from flops.actor import EVENTS_FILE, ActorContext
 from flops.core.cluster import ServiceKind
 from flops.core.reach import Reach
+from flops.node.event_log import last_address
 from flops.wire.flight import check_tag
 
+_USUAL_PORTS = {"http": 80, "https": 443}
 _OWN_PROGRAMS = (sys.prefix, sys.base_prefix, str(Path(flops.__file__).resolve().parents[1]))
 
 
@@ -28,7 +33,9 @@ def service_reach(
     Learners read the files of their tags, so that rows need not go through the data server.
 
     Learners dial their aggregator and the node's data server, inference services nobody. An aggregator's own
-    process is ours; it holds its children with users' code to no port at all.
+    process is ours, and holds its children with users' code to no port at all. In an image, the interpreter
+    and libraries it runs on may be of a user's making: there it dials the cluster, MLflow, and the aggregator
+    above, unless one of them has a name, which is to be looked up.
 
     Args:
         kind: of the service.
@@ -37,6 +44,8 @@ def service_reach(
         image: that it runs in; "" for none.
     """
     dials, listens = (None, ()) if context.has_open_network else _ports(kind, context)
+    if kind is ServiceKind.AGGREGATOR and image and not context.has_open_network:
+        dials, listens = _aggregators_ports(context)
     if image:
         return Reach(dials=dials, listens=listens, image=image)
     bundle = (context.repo_dir,) if context.repo_dir else ()
@@ -66,6 +75,26 @@ def _ports(kind: ServiceKind, context: ActorContext) -> tuple[tuple[int, ...] | 
     if kind is ServiceKind.INFERENCE:
         return (), _ports_of(context.config.get("port"))
     return None, ()
+
+
+def _aggregators_ports(context: ActorContext) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """Likewise, of one in an image: it listens where it did before, if it is started again."""
+    urls = [context.blobs_url]
+    if "://" in (tracking := str(context.config.get("tracking_uri"))):  # else it is behind the cluster's port
+        urls.append(tracking)
+    parts = [urlsplit(url) for url in urls]
+    above = str((context.config.get("parent") or {}).get("address", ""))
+    hosts = [*(part.hostname for part in parts), *([above.rpartition(":")[0].strip("[]")] if above else ())]
+    if not all(map(_is_address, hosts)):
+        return None, ()
+    dials = tuple(part.port or _USUAL_PORTS.get(part.scheme, 0) for part in parts)
+    return (*dials, *_ports_of(above)), _ports_of(last_address(Path(context.work_dir) / EVENTS_FILE))
+
+
+def _is_address(host: str | None) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host or ""))
+    return False
 
 
 def _ports_of(*addresses: object) -> tuple[int, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flops.actor import ActorContext
+from flops.actor import ActorContext, EventLog
 from flops.core.cluster import ServiceKind
 from flops.errors import ErrorCode, FlopsError
 from flops.node.service_reach import service_reach
@@ -40,6 +41,29 @@ def test_users_code_is_held_to_the_ports_of_its_service(
     reach = service_reach(kind, a_context(config), {}, image)
     assert (reach.dials, reach.listens, reach.image) == (dials, listens, image)
     assert bool(reach.readable) is not bool(image)
+
+
+AGGREGATOR = {"tracking_uri": "http://10.0.0.9:7027", "parent": {"address": "[fd00::2]:4000"}}
+
+
+@pytest.mark.parametrize(
+    ("blobs_url", "config", "dials"),
+    [
+        ("https://10.0.0.9:10100/api/blobs", AGGREGATOR, (10100, 7027, 4000)),
+        ("https://10.0.0.9/api/blobs", {"tracking_uri": "/mlflow", "parent": None}, (443,)),
+        ("https://cluster.example.org:10100/api/blobs", AGGREGATOR, None),
+        ("https://10.0.0.9:10100/api/blobs", {"tracking_uri": "http://mlflow:80"}, None),
+    ],
+)
+def test_an_aggregator_in_an_image_is_held_unless_names_are_to_be_looked_up(
+    tmp_path: Path, blobs_url: str, config: dict[str, Any], dials: tuple[int, ...] | None
+) -> None:
+    context = ActorContext("s1", "p1", "pi", str(tmp_path), blobs_url=blobs_url, config=config)
+    assert service_reach(ServiceKind.AGGREGATOR, context, {}).dials is None
+    assert service_reach(ServiceKind.AGGREGATOR, context, {}, "any").dials == dials
+    EventLog(tmp_path).tell("listening", address="10.0.0.1:4242")
+    held = service_reach(ServiceKind.AGGREGATOR, context, {}, "any")
+    assert held.listens == (() if dials is None else (4242,))
 
 
 def test_an_operator_can_open_the_network() -> None:
