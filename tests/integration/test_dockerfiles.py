@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.build_tools import own_platform
 from flops.adapters.images.buildah import Buildah
 from flops.adapters.images.builds_apart import BuildsApart, part_with
+from flops.adapters.images.container_folder import lay_out
 from flops.adapters.images.dockerfile_images import DockerfileImages
 from flops.adapters.images.pulled_base import PulledBase
 from flops.adapters.registry_client.client import OciRegistry
@@ -29,7 +33,7 @@ from flops.core.image_reference import ImageReference
 from flops.core.images import BaseImage
 from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
-from flops.image_ports import ContainerBuilds
+from flops.image_ports import ContainerBuild, ContainerBuilds
 from flops.network_rules import landlock_version
 from flops.testing.disk import small_disk
 from flops.testing.images import (
@@ -150,6 +154,16 @@ def test_it_is_made_again_only_when_something_of_it_is_another_one(shop: Shop) -
     assert shop.make(text) != made
 
 
+def test_stages_begin_with_images_by_variables_and_digests_and_only_the_last_one_counts(shop: Shop) -> None:
+    pinned = shop.base.at(OciRegistry().find(shop.base).digest)
+    made = shop.make(
+        f"ARG BASE={shop.base}\nFROM ${{BASE}} AS build\nRUN echo made > /made; echo more > /more\n"
+        f"FROM {pinned}\nCOPY --from=build /made /opt/\nCOPY --from={shop.base} /etc/passwd /opt/\n"
+    )
+    members = unpack_layer(shop.blobs, made.layers[-1].blob, shop.folder / "root")
+    assert {name for name, member in members.items() if member.isreg()} == {"opt/made", "opt/passwd"}
+
+
 def test_what_it_runs_is_no_root_here_and_sees_nothing_of_the_node(shop: Shop) -> None:
     secret = shop.folder / "secret"
     secret.write_text("do not tell")
@@ -243,6 +257,7 @@ from flops.adapters.confinement import Confinement, confine
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.buildah import Buildah
 from flops.adapters.images.builds_apart import part_with
+from flops.adapters.images.container_folder import lay_out
 from flops.adapters.images.dockerfile_images import DockerfileImages
 from flops.adapters.registry_client.client import OciRegistry
 from flops.core.platforms import Platform
@@ -340,3 +355,65 @@ def test_the_process_apart_runs_nothing_in_other_folders(shop: Shop, tmp_path: P
         assert caught.value.code is ErrorCode.FORBIDDEN
     finally:
         builds.close()
+
+
+USER = 12345
+
+
+def as_a_user(folder: Path, has_more_ids: bool, work: Callable[[], None]) -> bool:
+    """Do something in a child process as another user than root; whether it went well."""
+    (folder / "passwd").write_text(f"{Path('/etc/passwd').read_text()}tester:x:{USER}:{USER}::/tmp:/bin/sh\n")
+    (folder / "ids").write_text("tester:600100000:65536\n" if has_more_ids else "")
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == 0
+    try:
+        assert ctypes.CDLL(None).unshare(0x0002_0000) == 0  # mounts of its own
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        for name, target in (("passwd", "passwd"), ("ids", "subuid"), ("ids", "subgid")):
+            subprocess.run(["mount", "--bind", folder / name, f"/etc/{target}"], check=True)
+        os.setgroups([])
+        os.setgid(USER)
+        os.setuid(USER)
+        work()
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 (it must not come back into the tests' runner)
+        traceback.print_exc()
+    os._exit(1)
+
+
+@pytest.mark.chaos
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.skipif(shutil.which("newuidmap") is None, reason="needs uidmap")
+@pytest.mark.skipif(not Path("/etc/subuid").exists(), reason="needs /etc/subuid")
+@pytest.mark.parametrize("has_more_ids", [True, False])
+def test_a_node_without_root_runs_dockerfiles_with_the_ids_it_was_given(
+    tmp_path: Path, has_more_ids: bool
+) -> None:
+    blobs, written = FileBlobs(tmp_path / "blobs"), io.BytesIO()
+    image = make_shell_base(blobs, "cat", "chown")
+    text = "FROM base\nRUN cat /proc/self/uid_map; echo x > /x; chown 33:33 /x\n"
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        folder = Path(home, "build")
+        folder.mkdir()
+        lay_out(folder, text, {}, [image], blobs, partial(FileBlobs, is_oci_layout=True))
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, USER, USER)
+
+        def run() -> None:
+            build = ContainerBuild(folder, HERE, ("base",), 50.0)
+            if has_more_ids:
+                Buildah(ENVIRON, output=written).run(build, lambda _: None)
+                assert f"0      {USER}          1" in written.getvalue().decode()
+                assert {path.stat().st_uid for path in folder.rglob("*") if not path.is_symlink()} == {USER}
+                shutil.rmtree(folder / "made")
+                return
+            with pytest.raises(FlopsError) as caught:
+                Buildah(ENVIRON, output=written).run(build, lambda _: None)
+            assert caught.value.code is ErrorCode.IMAGE_BUILD_FAILED
+            assert "No Dockerfile can be run on this machine" in caught.value.message
+            assert "subuid" in caught.value.hint
+
+        assert as_a_user(Path(home), has_more_ids, run)

@@ -334,6 +334,7 @@ def test_what_cannot_be_built_is_said_when_the_builder_is_switched_on(
     for platform in ("amd64", "arm64"):
         assert f"Images for linux/{platform} are made here" in switched.stderr
         assert f"Images for linux/{platform} are not run here" in switched.stderr
+        assert f"Dockerfiles for linux/{platform} are " in switched.stderr
     assert "base image from a registry (missing: mmdebstrap" in switched.stderr
     assert ", without emulation, " in switched.stderr
     monkeypatch.setenv("PATH", tools_folder(tmp_path / "nothing"))

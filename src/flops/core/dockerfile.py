@@ -27,12 +27,14 @@ class Dockerfile(Value):
     """What decides about the image that a Dockerfile makes, beside its own text.
 
     Args:
+        text: the same Dockerfile, with values in place of variables in FROM, which buildah could not look up.
         bases: images that are not made by it, as it names them, each once.
         platforms: the platforms that stages ask for by name, such as ``linux/amd64``.
         sources: paths of the repository that it takes; None for all of them.
         runs_programs: whether programs of the image's platform run in it.
     """
 
+    text: str
     bases: tuple[str, ...]
     platforms: tuple[str, ...] = ()
     sources: tuple[str, ...] | None = ()
@@ -49,9 +51,9 @@ def read_dockerfile(text: str, name: str = NAMES[0]) -> Dockerfile:
     Raises:
         FlopsError: ``dockerfile_failed`` when it has no FROM, or one that names no image.
     """
-    reader = _Reader(name)
-    for line, instruction in _instructions(text):
-        reader.take(line, *instruction)
+    reader = _Reader(name, text)
+    for lines, instruction in _instructions(text):
+        reader.take(lines, *instruction)
     return reader.finish()
 
 
@@ -70,8 +72,9 @@ def base_reference(name: str) -> ImageReference:
 
 
 class _Reader:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, text: str) -> None:
         self._name = name
+        self._lines = text.splitlines()
         self._arguments: dict[str, str] = {}  # of ARG before the first FROM; others do not count in FROM
         self._stages: list[str] = []
         self._bases: dict[str, None] = {}
@@ -79,14 +82,14 @@ class _Reader:
         self._sources: dict[str, None] | None = {}
         self._runs_programs = False
 
-    def take(self, line: int, instruction: str, rest: str) -> None:
-        """Take in the next instruction."""
+    def take(self, lines: range, instruction: str, rest: str) -> None:
+        """Take in the next instruction, and the numbers of its lines."""
         flags, rest = _flags(rest)
         if instruction == "ARG" and not self._stages:
             name, _, value = rest.partition("=")
             self._arguments[name.strip()] = _replace(value.strip().strip("\"'"), self._arguments)
         elif instruction == "FROM":
-            self._begin_stage(line, flags, rest)
+            self._begin_stage(lines, flags, rest)
         elif instruction in {"COPY", "ADD"}:
             self._copy(flags, rest)
         elif instruction == "RUN":
@@ -99,21 +102,26 @@ class _Reader:
         if not self._stages:
             raise FlopsError(ErrorCode.DOCKERFILE_FAILED, f"{self._name} has no FROM.")
         return Dockerfile(
+            text="".join(f"{line}\n" for line in self._lines),
             bases=tuple(self._bases),
             platforms=tuple(self._platforms),
             sources=None if self._sources is None else tuple(self._sources),
             runs_programs=self._runs_programs,
         )
 
-    def _begin_stage(self, line: int, flags: Mapping[str, str], rest: str) -> None:
+    def _begin_stage(self, lines: range, flags: Mapping[str, str], rest: str) -> None:
         words = _replace(rest, self._arguments).split()
         if not words or "$" in words[0] or len(words) not in {1, 3}:
             raise FlopsError(
                 ErrorCode.DOCKERFILE_FAILED,
-                f"{self._name}, line {line}: FROM {rest} names no image.",
+                f"{self._name}, line {lines.start}: FROM {rest} names no image.",
                 hint="Write FROM IMAGE or FROM IMAGE AS NAME; a variable needs an ARG with a value above it.",
             )
         self._need(words[0])
+        if "$" in rest:
+            options = [f"--{name}={value}" for name, value in flags.items()]
+            self._lines[lines.start - 1] = " ".join(["FROM", *options, *words])
+            self._lines[lines.start : lines.stop - 1] = [""] * (len(lines) - 1)
         platform = flags.get("platform", "")
         if platform and _TARGET_PLATFORM not in platform:
             self._platforms[_replace(platform, self._arguments)] = None
@@ -138,8 +146,8 @@ class _Reader:
                 self._sources[path] = None
 
 
-def _instructions(text: str) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Every instruction with the number of its first line: its name in capitals, and the rest."""
+def _instructions(text: str) -> Iterator[tuple[range, tuple[str, str]]]:
+    """Every instruction with the numbers of its lines: its name in capitals, and the rest."""
     escape, start, parts = "\\", 0, list[str]()
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()
@@ -150,10 +158,10 @@ def _instructions(text: str) -> Iterator[tuple[int, tuple[str, str]]]:
         start = start if parts else number
         parts.append(line.removesuffix(escape).strip())
         if not line.endswith(escape):
-            yield start, _split(" ".join(parts))
+            yield range(start, number + 1), _split(" ".join(parts))
             parts = []
     if any(parts):  # the file ends in the middle of it
-        yield start, _split(" ".join(parts))
+        yield range(start, number + 1), _split(" ".join(parts))
 
 
 def _split(instruction: str) -> tuple[str, str]:

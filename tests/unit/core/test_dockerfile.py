@@ -61,6 +61,17 @@ def test_the_files_it_takes(text: str, sources: tuple[str, ...] | None) -> None:
     assert read_dockerfile(PLAIN + text).sources == sources
 
 
+def test_variables_in_from_have_their_values_in_what_buildah_reads() -> None:
+    text = (
+        "ARG V=3.11\nFROM --platform=$TARGETPLATFORM \\\n  # in between\n  python:$V AS a\n"
+        "RUN echo $V\nFROM b\n"
+    )
+    values = "ARG V=3.11\nFROM --platform=$TARGETPLATFORM python:3.11 AS a\n\n\nRUN echo $V\nFROM b\n"
+    assert read_dockerfile(text).text == values
+    plain = "FROM a \\\n  AS b\nCOPY --from=b $X /\n"
+    assert read_dockerfile(plain).text == plain
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -88,7 +99,7 @@ def test_without_a_from_it_makes_nothing(text: str) -> None:
 def test_platforms_and_programs_are_noticed() -> None:
     text = "FROM --platform=linux/arm64 a\nFROM --platform=$TARGETPLATFORM b\nRUN x"
     assert read_dockerfile(text) == Dockerfile(
-        bases=("a", "b"), platforms=("linux/arm64",), sources=(), runs_programs=True
+        text=f"{text}\n", bases=("a", "b"), platforms=("linux/arm64",), sources=(), runs_programs=True
     )
     assert not read_dockerfile(PLAIN).runs_programs
 

@@ -1,10 +1,11 @@
 """Dockerfiles run by buildah, in namespaces that vanish with its processes.
 
-What a Dockerfile runs is anybody's code. As root it becomes, outside of its own namespace, users that own
-nothing on this machine; else it is the user who runs the node. Either way it sees no other process, has not
-the capabilities to mount or to leave its root folder, and the node's own folders are covered by empty ones.
-Its mounts exist for its processes alone, and its containers are in the build's folder: who kills them and
-removes the folder has removed everything.
+What a Dockerfile runs is anybody's code. Where root runs the node it becomes, outside of its own namespace,
+users that own nothing on this machine; else its root is the user who runs the node, and its others are those
+that /etc/subuid gives to that user. Either way it sees no other process, has not the capabilities to mount or
+to leave its root folder, and the node's own folders are covered by empty ones. Its mounts exist for its
+processes alone, and its containers are in the build's folder: who kills them and removes the folder has
+removed everything.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ _POLICY = f"--signature-policy={_PLACE}/{_SETTINGS}/policy.json"
 # Among its own users and processes: $0 is buildah, $1 how many images there are to begin with.
 _INSIDE = f"""
 cd {_PLACE}
+trap 'rm -rf {_MADE}/storage {_MADE}/run' EXIT  # files of users that only this namespace can remove
 driver=overlay
 "$0" --storage-driver overlay info >/dev/null 2>&1 || driver=vfs
 containers() {{ "$program" --storage-driver $driver "$@"; }}
@@ -108,7 +110,8 @@ class Buildah:
     @staticmethod
     def missing(program: str = PROGRAM) -> tuple[str, ...]:
         """Debian packages that this machine needs for it, and has not."""
-        return () if shutil.which(program, path=PATH) is not None else (program,)
+        needed = {program: program, **({} if os.geteuid() == 0 else {"newuidmap": "uidmap"})}
+        return tuple(package for name, package in needed.items() if shutil.which(name, path=PATH) is None)
 
     def run(self, build: ContainerBuild, report: Report, keep_open: Sequence[int] = ()) -> None:
         """Run a Dockerfile to its end.
@@ -154,18 +157,16 @@ class Buildah:
 
     def _prepare(self, folder: Path) -> None:
         """Write buildah's settings, and make the folder that it may write to."""
-        if self.missing(self._program):
-            raise _impossible(f"{self._program} is not installed")
+        if missing := self.missing(self._program):
+            raise _impossible(f"{' and '.join(missing)} is missing")
         settings, made = folder / _SETTINGS, folder / _MADE
         for made_here in (settings, made):  # nobody else made them: a link would lead elsewhere
             made_here.mkdir(mode=0o755)
         if os.geteuid() == 0:
             os.chown(made, _FIRST_ID, _FIRST_ID)
-        ignored = "" if os.geteuid() == 0 else 'ignore_chown_errors = "true"\n'  # it has one user only
         (settings / "storage.conf").write_text(
             f'[storage]\ndriver = "overlay"\ngraphroot = "{_PLACE}/{_MADE}/storage"\n'
-            f'runroot = "{_PLACE}/{_MADE}/run"\n[storage.options]\n'
-            f"[storage.options.overlay]\n{ignored}[storage.options.vfs]\n{ignored}"
+            f'runroot = "{_PLACE}/{_MADE}/run"\n'
         )
         (settings / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         for name in ("containers.conf", "registries.conf"):
@@ -185,7 +186,7 @@ def _entered() -> Iterator[tuple[list[str], list[str]]]:
     """What runs a command in a mount namespace of its own, and what then makes it root of its own users."""
     private = ["unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc", "--"]
     if os.geteuid() != 0:
-        yield ["unshare", "--user", "--map-root-user", "--mount", "--"], private
+        yield ["unshare", "--user", "--map-root-user", "--map-auto", "--mount", "--"], private
         return
     # It ends with this process, whose end of the pipe is the only one.
     with subprocess.Popen(["unshare", "--user", "cat"], stdin=subprocess.PIPE) as holder:
@@ -281,6 +282,7 @@ def _impossible(why: str, details: Mapping[str, str] | None = None) -> FlopsErro
     return FlopsError(
         ErrorCode.IMAGE_BUILD_FAILED,
         f"No Dockerfile can be run on this machine: {why}.",
-        hint="Install buildah there (Debian: `apt-get install buildah`); docs/images.md says what it needs.",
+        hint="Debian: `apt-get install buildah`; for another user than root also uidmap, and lines for that "
+        "user in /etc/subuid and /etc/subgid (docs/images.md).",
         details=details,
     )

@@ -82,7 +82,7 @@ class DockerfileImages:
         recipe = read_dockerfile(text, file.name)
         for platform in platforms:
             self._check(recipe, file.name, platform)
-        images = [self._image(repository, text, recipe, platform, report) for platform in platforms]
+        images = [self._image(repository, recipe, platform, report) for platform in platforms]
         data = index_bytes(images)
         return Descriptor(media_type=INDEX, digest=self._blobs.put(data), size=len(data))
 
@@ -101,9 +101,7 @@ class DockerfileImages:
                 "platform, or take it out of supported_platforms.",
             )
 
-    def _image(
-        self, repository: Path, text: str, recipe: Dockerfile, platform: Platform, report: Report
-    ) -> Descriptor:
+    def _image(self, repository: Path, recipe: Dockerfile, platform: Platform, report: Report) -> Descriptor:
         references = [base_reference(name) for name in recipe.bases]
         pinned = [reference.at(self._registry.find(reference).digest) for reference in references]
         context = dict(_context(repository, recipe))
@@ -113,7 +111,7 @@ class DockerfileImages:
             report(f"{what} is being made.")
             bases = [self._registry.pull(base, self._blobs, report, platform.value) for base in pinned]
             try:
-                lay_out(notes, text, context, bases, self._blobs, self._open_layout)
+                lay_out(notes, recipe.text, context, bases, self._blobs, self._open_layout)
                 build = ContainerBuild(notes, platform, recipe.bases, self._timeout_s)
                 self._builds.run(build, report, [descriptor])
                 return self._take(notes, platform, bases)
@@ -121,7 +119,7 @@ class DockerfileImages:
                 raise file_error(exc, notes) from exc
 
         files = (f"{place}\0{fingerprint(path)}" for place, path in sorted(context.items()))
-        key = key_of("dockerfile", platform, text, *map(str, pinned), *files)
+        key = key_of("dockerfile", platform, recipe.text, *map(str, pinned), *files)
         return self._cache.made(PlatformImage, key, what, make, report).manifest
 
     def _take(self, notes: Path, platform: Platform, bases: Sequence[Descriptor]) -> PlatformImage:
