@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,9 @@ from flops.core.image_reference import ImageReference
 from flops.core.images import ImageRun
 from flops.core.platforms import Platform
 from flops.settings import inherited_environment
-from flops.testing.deployment import Deployment, commit_all
+from flops.testing.deployment import Deployment, commit_all, make_repository
 from flops.testing.example import (
-    REPOSITORY,
-    begin_fit_with,
+    EXAMPLES,
     example_deployment,
     make_example,
     sla_file,
@@ -42,7 +42,6 @@ pytestmark = [
 ]
 
 ENDLESS = "import time; time.sleep(987654)"
-WANTED = 'assert __import__("pathlib").Path("/etc/of-the-dockerfile").read_text() == "made\\n"'
 
 
 @pytest.fixture
@@ -59,10 +58,11 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Iterator[ImageReference]:
-    """An image with a Python and a shell, in a registry."""
+    """An image with a Python and a compiler, in a registry."""
     blobs = FileBlobs(tmp_path / "base")
     program = Path(uv.find_uv_bin())
-    debian = DebianBase(tmp_path / "bases", uv=program, environ=inherited_environment())
+    environ = inherited_environment()
+    debian = DebianBase(tmp_path / "bases", uv=program, environ=environ, has_compilers=True)
     found = debian.base(Platform.AMD64, blobs, ignore)
     image = image_of(blobs, Platform.AMD64, found.layers, ImageRun(env=found.env, user="0:0"))
     with own_registry(tmp_path / "registry") as host:
@@ -88,10 +88,10 @@ def is_running(deployment: Deployment, project_id: str) -> bool:
 def test_a_project_runs_on_what_its_dockerfile_makes_and_ends_in_the_middle_of_it(
     deployment: Deployment, base: ImageReference
 ) -> None:
-    repository = deployment.home / REPOSITORY
-    begin_fit_with(repository, WANTED)
-    (repository / "Dockerfile").write_text(f"FROM {base}\nRUN echo made > /etc/of-the-dockerfile\n")
-    commit_all(repository, "Describe an image")
+    repository = make_repository(EXAMPLES / "breast_cancer_dockerfile", deployment.home / "described")
+    dockerfile = repository / "Dockerfile"
+    dockerfile.write_text(re.sub(r"^(ARG \w+)=.*", rf"\1={base}", dockerfile.read_text(), flags=re.M))
+    commit_all(repository, "Begin with what there is here")
     endless = make_example(deployment, "endless")
     (endless / "Dockerfile").write_text(f"FROM {base}\nRUN python3 -c '{ENDLESS}'\n")
     commit_all(endless, "Never end")
@@ -103,16 +103,23 @@ def test_a_project_runs_on_what_its_dockerfile_makes_and_ends_in_the_middle_of_i
     deployment.flops("project", "stop", stopped)
     deployment.wait_for(lambda: not processes_of(ENDLESS), "the end of the endless step", timeout_s=15)
 
-    sla = sla_file(deployment, packaging="image", training_configuration=one, post_training_steps=steps)
+    sla = sla_file(
+        deployment,
+        "described",
+        "described",
+        packaging="image",
+        training_configuration=one,
+        post_training_steps=steps,
+    )
     project_id = submit(deployment, sla)
     watched = deployment.flops("project", "watch", project_id, exit_code=None)
     assert watched.returncode == 0, watched.stdout + watched.stderr
     project = deployment.ask("project", "show", project_id)["project"]
     assert project["stage"] == "completed"
     assert f"flops/{project_id}/base@sha256:" in project["images"]["base"]
-    assert "step 2 of 2 (RUN echo made > /etc/of-the-dockerfile)" in watched.stderr
+    assert "(RUN gcc -O2 -shared -fPIC -o /winsorize.so /winsorize.c)" in watched.stderr
     written = deployment.flops("project", "logs", project_id, "--service", "builder").stdout
-    assert "STEP 2/2: RUN echo made" in written
+    assert "RUN gcc -O2" in written
     listed = {image["name"] for image in deployment.ask("image", "list")["images"]}
     assert listed == {f"flops/{project_id}/{what}" for what in ("base", "learner", "aggregator", "model")}
     assert not list(deployment.home.glob("node-1/images/layers/*-*"))
