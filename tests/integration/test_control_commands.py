@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -100,41 +99,27 @@ def test_up_status_and_down(home: Home) -> None:
     assert home.run("status").returncode == exit_code(ErrorCode.UNREACHABLE)
 
 
-def test_a_control_plane_that_encrypts_is_found_here_and_connected_to_from_elsewhere(home: Home) -> None:
+def test_a_control_plane_that_encrypts_is_known_over_restarts(home: Home) -> None:
     home.environ["FLOPS_ENCRYPTION"] = "on"
     up = home.run("up", *FREE_PORTS)
     assert up.returncode == 0, up.stderr
     assert str(home.endpoint()["manager_url"]).startswith("https://127.0.0.1:")
     assert str(home.control / "authority.crt") in up.stdout
-    assert home.run("status").returncode == 0
-    token = (home.control / "admin.token").read_text().strip()
-    gui = httpx.get(
-        f"{home.endpoint()['manager_url']}/mlflow/",
-        auth=("anybody", token),
-        verify=ssl.create_default_context(cafile=home.control / "authority.crt"),
-        timeout=60,  # MLflow may still be starting; its socket is there
-    )
-    assert "MLflow" in gui.text
     line = home.run("status", "--connect", "--address", "127.0.0.1").stdout.strip()
-    elsewhere = Home(home.folder / "elsewhere")
-    assert elsewhere.run("connect", line).returncode == 0
-    assert elsewhere.run("doctor").returncode == 0
-    for _ in range(2):  # the certificate of the port is another one after a restart, the authority is not
-        assert elsewhere.run("node", "list").returncode == 0
-        home.run("down")
-        assert home.run("up", *FREE_PORTS).returncode == 0
     own = home.run("connect", line)
     assert own.returncode == exit_code(ErrorCode.CONFLICT)
+    elsewhere = Home(home.folder / "elsewhere")
+    assert elsewhere.run("connect", line).returncode == 0
     home.run("down")
-    for settings in (
-        {"FLOPS_TLS_CERTIFICATE": line[:9]},
-        {"FLOPS_TLS_CERTIFICATE": "x", "FLOPS_ENCRYPTION": "off"},
-    ):
-        home.environ |= settings
-        failed = home.run("up", *FREE_PORTS)
-        assert failed.returncode == exit_code(ErrorCode.CONFIG_INVALID), failed.stderr
-        assert "FLOPS_TLS_CERTIFICATE" in failed.stderr
-        assert "Traceback" not in failed.stderr
+    assert home.run("up", *FREE_PORTS).returncode == 0  # with another certificate, of the same authority
+    assert elsewhere.run("node", "list").returncode == 0
+
+
+def test_settings_that_contradict_each_other_are_named(home: Home) -> None:
+    home.environ |= {"FLOPS_TLS_CERTIFICATE": "nowhere.pem", "FLOPS_ENCRYPTION": "off"}
+    failed = home.run("up", *FREE_PORTS)
+    assert failed.returncode == exit_code(ErrorCode.CONFIG_INVALID), failed.stderr
+    assert "FLOPS_TLS_CERTIFICATE names nowhere.pem" in failed.stderr
 
 
 def test_up_removes_what_nothing_refers_to_and_what_killed_writers_left(home: Home) -> None:

@@ -26,8 +26,9 @@ from flops.adapters.memory_cluster_store import MemoryClusterStore
 from flops.adapters.package_index import ClusterPackages, HttpPackageIndex
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_environments import UvEnvironments
+from flops.core.cluster import ServiceKind, ServiceSpec
 from flops.core.clusters import DEFAULT_CLUSTER
-from flops.core.ids import Digest
+from flops.core.ids import Digest, NodeId, ServiceId
 from flops.core.platforms import Platform
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageRecipe
@@ -39,6 +40,7 @@ from flops.testing.images import HandMadeBase, free_port
 from flops.testing.safe_cluster import SafeCluster
 from flops.testing.wheels import lock_of, make_wheel
 from flops.wire.cluster_tls import cluster_tls, http_options
+from flops.wire.node import StartService, Welcome
 from flops.wiring.site_packages import site_packages
 
 MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -242,6 +244,15 @@ def test_nothing_but_packages_is_passed_on_and_to_no_stranger(
     assert index_for(packages_of(safe, **guessed), lock) == ""
     assert index_for(packages_of(safe), lock) == ""  # an authority that nobody has named
     safe.join("n1")
+    with safe.linked("n1") as played:
+        played.expect(Welcome)
+        builder = ServiceSpec(
+            id=ServiceId("b1"), project_id="p", kind=ServiceKind.BUILDER, node_id=NodeId("n1")
+        )
+        safe.orchestrator.start_service(builder)
+        key = played.expect(StartService).spec.key
+        own = packages_of(safe, **http_options(authority, "b1", key, DEFAULT_CLUSTER))
+        assert index_for(own, lock).endswith("/simple/")
     blob = f"api/blobs/{hashlib.sha256(lock.encode()).hexdigest()}"
     with packages_of(safe, verify=safe.tls_of("n1")).serving(lock) as found:
         base = found.removesuffix("/simple/")
