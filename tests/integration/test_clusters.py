@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer, server_tls
 from flops.adapters.manager_uplink import ManagerUplink
 from flops.adapters.memory_blobs import MemoryBlobs
@@ -36,14 +37,17 @@ from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.clusters import Clusters
+from flops.registry.app import build_registry
+from flops.registry.repositories import Repositories
 from flops.relay.configuration import IDENTITY_FILE, RelayConfiguration
 from flops.relay.presence import Presence
 from flops.settings import RelaySettings
-from flops.testing.safe_cluster import HOUR_S, LIFE_S, MovedClock, Played, SafeCluster, hello
+from flops.testing.safe_cluster import HOUR_S, LIFE_S, MovedClock, Played, SafeCluster, hello, refused
 from flops.testing.waiting import until
 from flops.wire.cluster_tls import cluster_tls
 from flops.wire.join import JoinToken, RelayPresence, node_header
 from flops.wire.node import FROM_CLUSTER, Refused, StartService, Welcome
+from flops.wiring.cluster_port import with_registry
 from flops.wiring.relay import start_relay
 from flops.wiring.renewal import RenewedIdentity
 
@@ -125,14 +129,6 @@ def edge_b(manager: SafeCluster, tmp_path: Path) -> Iterator[Site]:
     site = Site(manager, tmp_path / "b", "edge-b")
     yield site
     site.close()
-
-
-def refused(code: ErrorCode, action: Callable[[], object]) -> FlopsError:
-    with pytest.raises(FlopsError) as caught:
-        action()
-    assert caught.value.code is code, caught.value
-    assert caught.value.hint
-    return caught.value
 
 
 def spec(service_id: str, node_id: str, kind: ServiceKind = ServiceKind.LEARNER) -> ServiceSpec:
@@ -392,7 +388,10 @@ class PlainSite:
         own = Cluster(name=DEFAULT_CLUSTER, is_connected=True)
         register = _KeptClusters()
         self.clusters = Clusters(register, self.orchestrator, SystemClock(), lambda: own)
-        self.counted = Counted(build_app(self.orchestrator, self.blobs, more=self.clusters.routes()))
+        images = FileBlobs(folder / "images")
+        registry = build_registry(images, Repositories(folder / "names", images), SystemClock())
+        cluster = build_app(self.orchestrator, self.blobs, more=self.clusters.routes())
+        self.counted = Counted(with_registry(cluster, registry))
         self.server = HttpServer(self.counted, "127.0.0.1", 0)
         self.server.start()
         self.manager = f"127.0.0.1:{self.server.port}"
@@ -471,3 +470,23 @@ def test_a_blob_comes_over_the_uplink_once_for_all_nodes_of_a_site(plain: PlainS
     assert plain.counted.gets() == 1
     plain.blobs.remove(digest)
     assert httpx.get(url).status_code == 404  # the manager is asked each time whether it may be had
+
+
+def test_images_are_pushed_and_pulled_by_way_of_a_relay_and_each_layer_comes_once(plain: PlainSite) -> None:
+    layer = b"a layer" * 100_000
+    digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
+    with httpx.Client(base_url=f"http://{plain.address}", trust_env=False, timeout=30) as client:
+        begun = client.post("/v2/flops/learner/blobs/uploads/")
+        assert begun.status_code == 202
+        pieces = (layer[at : at + 65_536] for at in range(0, len(layer), 65_536))  # without its length
+        assert client.patch(begun.headers["location"], content=pieces).status_code == 202
+        put = client.put(begun.headers["location"], params={"digest": digest})
+        assert put.status_code == 201, put.text
+        before = plain.counted.gets()
+        for _ in range(2):
+            got = client.get(f"/v2/flops/learner/blobs/{digest}")
+            assert (got.content, got.headers["docker-content-digest"]) == (layer, digest)
+        assert plain.counted.gets() == before + 1
+        unknown = client.get(f"/v2/flops/learner/blobs/sha256:{'0' * 64}")
+        assert unknown.status_code == 404
+        assert unknown.json()["errors"]  # as the registry says it

@@ -8,7 +8,7 @@ import logging
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ from flops.core.cluster import (
 from flops.core.ids import NodeId, ServiceId
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
-from flops.testing.safe_cluster import ADDONS, HOUR_S, LIFE_S, SafeCluster, hello
+from flops.testing.safe_cluster import ADDONS, HOUR_S, LIFE_S, SafeCluster, hello, refused
 from flops.testing.waiting import until
 from flops.wire.cluster_tls import cluster_tls
 from flops.wire.flight import DATA_SERVER, aggregator_name, data_server_name
@@ -52,14 +52,6 @@ def other(tmp_path: Path) -> Iterator[SafeCluster]:
     other = SafeCluster(tmp_path / "other")
     yield other
     other.close()
-
-
-def refused(code: ErrorCode, action: Callable[[], object]) -> FlopsError:
-    with pytest.raises(FlopsError) as caught:
-        action()
-    assert caught.value.code is code, caught.value
-    assert caught.value.hint
-    return caught.value
 
 
 def spec(service_id: str, node_id: str) -> ServiceSpec:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
+import pytest
 from starlette.routing import BaseRoute
 
 from flops.adapters.cluster_register import FileClusterRegister
@@ -20,7 +21,7 @@ from flops.adapters.sql_cluster_store import SqlClusterStore
 from flops.adapters.system_clock import SystemClock
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON, Addon, AddonState, NodeFacts
 from flops.core.clusters import DEFAULT_CLUSTER, Cluster
-from flops.errors import FlopsError
+from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.app import build_app
 from flops.orchestrator.cluster import ClusterOrchestrator
 from flops.orchestrator.clusters import Clusters
@@ -153,3 +154,12 @@ def hello(node_id: str, addons: tuple[str, ...] = ()) -> Hello:
     """What a node says first."""
     on = tuple(Addon(name=name, state=AddonState.HEALTHY) for name in addons)
     return Hello(node_id=node_id, name=f"name of {node_id}", facts=NodeFacts(), addons=on)
+
+
+def refused(code: ErrorCode, action: Callable[[], object]) -> FlopsError:
+    """Have something refused with this code; the error."""
+    with pytest.raises(FlopsError) as caught:
+        action()
+    assert caught.value.code is code, caught.value
+    assert caught.value.hint
+    return caught.value
