@@ -219,6 +219,24 @@ def test_an_image_to_begin_with_that_cannot_be_had_is_named(shop: Shop) -> None:
     assert error.code is ErrorCode.REGISTRY_UNREACHABLE
 
 
+def test_what_was_made_is_used_while_the_registry_of_what_it_begins_with_is_away(shop: Shop) -> None:
+    port = free_port()
+    blobs = FileBlobs(shop.folder / "pushed")
+    (shop.repository / "Dockerfile").write_text(f"FROM 127.0.0.1:{port}/base:v1\n")
+    with own_registry(shop.folder / "registry", port=port) as host:
+        reference = ImageReference(host=host, name="base", tag="v1")
+        OciRegistry().push(reference, make_index(blobs, make_shell_base(blobs)), blobs, lambda _: None)
+        made = shop.images().make(shop.repository, [HERE], shop.told.append)
+    shop.told.clear()
+    assert shop.images().make(shop.repository, [HERE], shop.told.append) == made
+    (told,) = shop.told
+    assert host in told
+    (shop.repository / "Dockerfile").write_text(f"FROM {reference}\nENV A=b\n")
+    with pytest.raises(FlopsError) as caught:
+        shop.images().make(shop.repository, [HERE], shop.told.append)
+    assert caught.value.code is ErrorCode.REGISTRY_UNREACHABLE
+
+
 def test_a_platform_that_cannot_be_run_is_refused_before_anything_is_fetched(shop: Shop) -> None:
     other = next(platform for platform in Platform if platform is not HERE)
     (shop.repository / "Dockerfile").write_text("FROM 127.0.0.1:1/away\nRUN true\n")

@@ -58,7 +58,11 @@ _POLICY = f"--signature-policy={_PLACE}/{_SETTINGS}/policy.json"
 # Among its own users and processes: $0 is buildah, $1 how many images there are to begin with.
 _INSIDE = f"""
 cd {_PLACE}
-trap 'rm -rf {_MADE}/storage {_MADE}/run' EXIT  # files of users that only this namespace can remove
+clean() {{  # files of users that only this namespace can remove, after what buildah left mounted
+  umount --recursive --lazy {_MADE}/storage/overlay 2>/dev/null || true
+  rm -rf {_MADE}/storage {_MADE}/run || true
+}}
+trap clean EXIT
 driver=overlay
 "$0" --storage-driver overlay info >/dev/null 2>&1 || driver=vfs
 containers() {{ "$program" --storage-driver $driver "$@"; }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from flops.adapters.images.container_folder import (
 from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.core.dockerfile import NAMES, Dockerfile, base_reference, read_dockerfile
+from flops.core.ids import Digest
+from flops.core.image_reference import DIGEST, ImageReference
 from flops.core.images import (
     INDEX,
     MANIFEST,
@@ -26,7 +29,7 @@ from flops.core.images import (
     manifest_bytes,
 )
 from flops.core.platforms import Platform
-from flops.durable_file import file_error
+from flops.durable_file import file_error, write_durably
 from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ContainerBuild, ContainerBuilds, ImageBlobs, Registry, Report
 
@@ -57,6 +60,7 @@ class DockerfileImages:
         runs_here: Callable[[Platform], bool],
         timeout_s: float = 3_600.0,
     ) -> None:
+        self._root = root
         self._cache = LayerCache(root, blobs)
         self._blobs = blobs
         self._registry = registry
@@ -102,8 +106,7 @@ class DockerfileImages:
             )
 
     def _image(self, repository: Path, recipe: Dockerfile, platform: Platform, report: Report) -> Descriptor:
-        references = [base_reference(name) for name in recipe.bases]
-        pinned = [reference.at(self._registry.find(reference).digest) for reference in references]
+        pinned = [self._pinned(base_reference(name), report) for name in recipe.bases]
         context = dict(_context(repository, recipe))
         what = f"The image of the Dockerfile for {platform}"
 
@@ -121,6 +124,26 @@ class DockerfileImages:
         files = (f"{place}\0{fingerprint(path)}" for place, path in sorted(context.items()))
         key = key_of("dockerfile", platform, recipe.text, *map(str, pinned), *files)
         return self._cache.made(PlatformImage, key, what, make, report).manifest
+
+    def _pinned(self, reference: ImageReference, report: Report) -> ImageReference:
+        """Which image a name leads to; what it led to the last time while the registry is away."""
+        if reference.digest is not None:
+            return reference
+        record = self._root / f"from-{hashlib.sha256(str(reference).encode()).hexdigest()}"
+        try:
+            digest = self._registry.find(reference).digest
+        except FlopsError as exc:
+            known = DIGEST.fullmatch(record.read_text()) if record.is_file() else None
+            if known is None or exc.code is not ErrorCode.REGISTRY_UNREACHABLE:
+                raise
+            report(f"{exc.message} The image is taken as it was the last time.")
+            return reference.at(Digest(known["hex"]))
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            write_durably(record, f"sha256:{digest}")
+        except OSError as exc:
+            raise file_error(exc, record) from exc
+        return reference.at(digest)
 
     def _take(self, notes: Path, platform: Platform, bases: Sequence[Descriptor]) -> PlatformImage:
         """Store an image that was made; of what it began with, it keeps the layers as they are there."""
