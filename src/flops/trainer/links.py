@@ -58,6 +58,7 @@ class Link:
     asked: int | None = None  # id of the instruction that is not answered yet
     is_awaited: bool = False  # whether anybody still waits for that answer
     to_send: tuple[int, Instruction] | None = None
+    sender_wakes: threading.Event = field(default_factory=threading.Event)  # only it: there are many
     answers: dict[int, Message] = field(default_factory=dict)
     held_bytes: int = 0  # that its answer takes here
     waits_for_room: bool = False
@@ -175,6 +176,7 @@ class LearnerServer:
             for link, instruction in instructions:
                 request = Request(link, next(self._ids))
                 link.asked, link.to_send = request.number, (request.number, instruction)
+                link.sender_wakes.set()
                 link.answers.clear()
                 link.held_bytes, link.is_awaited = 0, True
                 requests.append(request)
@@ -215,6 +217,8 @@ class LearnerServer:
         """
         with self._changed:
             self._is_over, self._is_closing = is_over, True
+            for link in self._links.values():
+                link.sender_wakes.set()
             self._changed.notify_all()
             if is_over:
                 self._changed.wait_for(lambda: not self._links, grace_s)
@@ -293,7 +297,10 @@ class LearnerServer:
             earlier = self._links.pop(link.learner, None)
             if earlier is not None:
                 earlier.is_open, earlier.left_because = False, "it joined anew"
+                earlier.sender_wakes.set()
             self._links[link.learner] = link
+            if self._is_closing:
+                link.sender_wakes.set()
             self._known.add(link.learner)
             self._refusals.pop(link.learner, None)
             self._on_join(link)
@@ -336,6 +343,7 @@ class LearnerServer:
                 del self._links[link.learner]
             if link.is_open:
                 link.is_open, link.left_because = False, reason
+                link.sender_wakes.set()
             if not is_replaced and not self._is_closing:
                 self._on_leave(link, reason)
             self._changed.notify_all()
@@ -343,11 +351,15 @@ class LearnerServer:
     def _send_to(self, link: Link) -> None:
         """Send a learner's instructions in a thread of its own: a slow network holds up nobody else."""
         while True:
+            link.sender_wakes.wait()
             with self._changed:
-                self._changed.wait_for(lambda: link.to_send or self._is_closing or not link.is_open)
+                link.sender_wakes.clear()
                 work, link.to_send = link.to_send, None
-                if not link.is_open or (work is None and not self._is_over):
+                is_idle = work is None and not self._is_over
+                if not link.is_open or (is_idle and self._is_closing):
                     return
+            if is_idle:
+                continue
             try:
                 if work is None:
                     link.stream.send_encoded(STOP, {}, _NOTHING)
