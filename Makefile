@@ -6,7 +6,8 @@ PACKAGING ?= environment
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := rounds aggregation precision tracking data inference footprint first_round images
+BENCHMARKS := rounds aggregation precision tracking data inference footprint first_round images \
+	scale_learners scale_nodes scale_projects
 
 .PHONY: help install lock format lint types contracts check test test-fast chaos flavors bench peers demo demo-stop clean
 

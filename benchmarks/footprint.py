@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
-from harness import Report, arguments
+from harness import Report, arguments, cpu_s
 
 from flops.settings import inherited_environment
 from flops.testing.chaos import processes_of, services_of
@@ -36,11 +36,11 @@ def measure_idle(report: Report, deployment: Deployment, duration_s: float) -> N
     deployment.wait_for(lambda: not services_of(deployment), "the end of the mock data provider")
     time.sleep(duration_s / 2)  # what follows a start is no idling
     found = [item for item in processes_of(deployment) if item.process.is_running()]
-    before_s = {item.process.pid: _cpu_s(item.process) for item in found}
+    before_s = {item.process.pid: cpu_s(item.process) for item in found}
     time.sleep(duration_s)
     memory_mb, share = defaultdict(list), defaultdict(list)
     for item in found:
-        spent_s = _cpu_s(item.process) - before_s[item.process.pid]
+        spent_s = cpu_s(item.process) - before_s[item.process.pid]
         memory_mb[item.role.value].append(item.process.memory_full_info().pss / MB)
         share[item.role.value].append(spent_s / duration_s)
     for role, sizes in sorted(memory_mb.items()):
@@ -51,11 +51,6 @@ def measure_idle(report: Report, deployment: Deployment, duration_s: float) -> N
             largest_mb=max(sizes),
             busiest_share=max(share[role]),
         )
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def measure_learner(report: Report) -> None:

@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from flops.adapters.mlflow_server import MlflowServer
 from flops.settings import inherited_environment
 
@@ -75,6 +77,12 @@ def memory_bytes(what: str, process: int | str = "self") -> int:
         if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
     raise SystemExit(f"The system does not tell {what}.")
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Seconds of processor time that a process has taken, without its children."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 class Report:

@@ -12,7 +12,12 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["rounds", "aggregation", "precision", "tracking", "data", "inference"])
+IN_SECONDS = ("rounds", "aggregation", "precision", "tracking", "data", "inference")
+OF_SCALE = ("scale_learners", "scale_projects")
+WITH_A_CONTROL_PLANE = [pytest.param("scale_nodes", marks=pytest.mark.chaos)]
+
+
+@pytest.mark.parametrize("name", [*IN_SECONDS, *OF_SCALE, *WITH_A_CONTROL_PLANE])
 def test_a_benchmark_prints_a_table_and_its_figures(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke"],

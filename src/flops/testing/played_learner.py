@@ -46,7 +46,9 @@ class PlayedLearner:
         self.instructions: list[Message] = []
         self.is_stopped = False
         self._respond = respond
-        self._client = flight.FlightClient(f"grpc://127.0.0.1:{port}")
+        # As processes do, learners that share one have a connection each.
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        self._client = flight.FlightClient(f"grpc://127.0.0.1:{port}", generic_options=alone)
         options = flight.FlightCallOptions(headers=[bearer(token)])
         descriptor = flight.FlightDescriptor.for_command(DESCRIPTOR)
         self._writer, self._reader = self._client.do_exchange(descriptor, options)
@@ -56,6 +58,10 @@ class PlayedLearner:
         self.stream.send(Message(HELLO, greeting))
         self._thread = threading.Thread(target=self._serve, name=name)
         self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until it has ended by itself."""
+        self._thread.join()
 
     def close(self) -> None:
         """Leave at once, as a killed process does."""
