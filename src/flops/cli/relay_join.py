@@ -67,7 +67,15 @@ def keep_relay(folder: Path, joining: RelayJoining) -> RelayConfiguration:
 def _join(folder: Path, token: JoinToken, conf: RelayConfiguration) -> None:
     from flops.adapters.node_identity import join_manager
 
-    identity = join_manager(folder / IDENTITY_FILE, token, conf.manager, conf.cluster)
+    try:
+        identity = join_manager(folder / IDENTITY_FILE, token, conf.manager, conf.cluster)
+    except FlopsError as error:
+        has_joined = (folder / IDENTITY_FILE).exists()
+        if error.code is ErrorCode.JOIN_REFUSED and has_joined:
+            error.hint = "This cluster has joined already: `flops cluster up` starts it, without --token."
+        elif error.code is ErrorCode.JOIN_REFUSED and error.hint == error.spec.hint:  # about nodes
+            error.hint = f"Get a new token with `flops cluster invite {conf.cluster}` at the manager."
+        raise
     say(f"{identity.signer} has signed the certificate of {conf.cluster}.")
 
 

@@ -11,6 +11,7 @@ from flops.cli.relay_join import RelayJoining, keep_relay
 from flops.errors import ErrorCode, FlopsError
 from flops.relay.configuration import IDENTITY_FILE, RelayConfiguration
 from flops.testing.safe_cluster import HOUR_S, SafeCluster
+from flops.wire.join import JoinToken
 
 Keep = Callable[..., RelayConfiguration]
 
@@ -97,9 +98,17 @@ def test_a_token_says_where_the_manager_is_and_is_kept_as_an_identity(
         keep("edge-b", manager.address, token)
     assert caught.value.code is ErrorCode.JOIN_REFUSED
     assert not (folder / IDENTITY_FILE).exists()
+    unknown = JoinToken.parse(token).model_copy(update={"secret": "guessed"}).text()
+    with pytest.raises(FlopsError) as caught:
+        keep("edge-a", manager.address, unknown)
+    assert "flops cluster invite edge-a" in caught.value.hint
     kept = keep("edge-a", f"https://{manager.address}", token)
     assert kept.manager == manager.address
-    assert (folder / IDENTITY_FILE).exists()
+    identity = (folder / IDENTITY_FILE).read_text()
+    with pytest.raises(FlopsError) as caught:
+        keep("edge-a", manager.address, token)  # typed again
+    assert "without --token" in caught.value.hint
+    assert (folder / IDENTITY_FILE).read_text() == identity
 
 
 def test_what_is_kept_and_cannot_be_read_is_said_so(keep: Keep, folder: Path) -> None:
