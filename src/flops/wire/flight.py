@@ -2,7 +2,7 @@
 
 | call | descriptor, ticket, criteria or body | right |
 |---|---|---|
-| DoPut | path ``<tag>`` or ``<tag>.<id>.parquet``, then optionally `SEALED` | write |
+| DoPut | path ``<tag>`` or ``<tag>.<id>.parquet``, then optionally `SEALED`, then `PACED` | write |
 | DoGet | `ticket_for`, or ``<tag>.<id>.parquet`` | read |
 | ListFlights | `criteria_for`, or nothing for every tag the token may read | read |
 | GetFlightInfo, GetSchema | path as for DoPut | read |
@@ -39,6 +39,8 @@ AUTHORIZATION = "authorization"
 DATA_SERVER = "ml-data-server"  # its id, among the services of its node
 DIRECTLY = (("grpc.enable_http_proxy", 0),)  # the environment's proxies do not lead to nodes
 SEALED = "sealed"  # second item of a DoPut's path: the upload ends with `seal`, or it is incomplete
+PACED = "paced"  # third item: the server answers each batch with `TAKEN` when it has taken it in
+TAKEN = b"taken"
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
