@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import os
@@ -266,6 +267,16 @@ def test_a_client_that_stalls_does_not_keep_the_server_from_ending(server: Serve
     client.close()
     server.start()
     assert server.files() == []
+
+
+def test_a_signal_that_another_thread_gets_ends_the_server(server: ServerProcess) -> None:
+    with server.client() as client:
+        client.push(TABLE, "t")  # by a thread of its own
+    others = [int(path.name) for path in Path(f"/proc/{server.pid}/task").iterdir()]
+    others.remove(server.pid)
+    assert server.process is not None
+    assert ctypes.CDLL(None).tgkill(server.pid, others[-1], signal.SIGTERM) == 0
+    assert server.process.wait(DEADLINE_S) == 0
 
 
 def send_until_it_fails(server_address: str, token: str, first: int, acknowledged: set[int]) -> None:

@@ -50,6 +50,7 @@ from flops.wire.keepalive import keep_connections_alive
 from flops.wire.server_trust import ServerTrust, split_trust
 
 STOP_GRACE_S = 5.0  # how long calls in progress may take when the server is asked to end
+_LOOK_S = 1.0  # how soon a signal is seen that has come to another thread
 _AUTHENTICATION = "authentication"
 _M_ARENA_MAX = -8  # malloc.h
 _log = logging.getLogger(__name__)
@@ -271,7 +272,9 @@ def serve(
         _log.warning("The data server is open to other machines, without encryption.")
     with announced(folder, host, server.port, trust):
         _log.info("The data server listens on %s:%d", host, server.port)
-        is_asked_to_end.wait()
+        # The interpreter acts on a signal when this thread runs, and the system may give it to another one.
+        while not is_asked_to_end.wait(_LOOK_S):
+            pass
     # Shutting down waits for the calls in progress, also for a client that sends nothing any more. What it
     # has sent so far is not stored: the next start removes it.
     ending = threading.Thread(target=server.shutdown, daemon=True)
