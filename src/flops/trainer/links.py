@@ -332,9 +332,15 @@ class LearnerServer:
 
     def _has_room(self, link: Link, size: int) -> bool:
         held = sum(other.held_bytes for other in self._links.values())
-        awaited = [name for name, other in self._links.items() if other.is_awaited and not other.held_bytes]
-        # The next in turn is never kept waiting: the others are held for it.
-        return not held or held + size <= _HELD_BYTES or link.learner == min(awaited, default=link.learner)
+        # Of those that are awaited, on their way, or here and not freed, the first is never kept waiting: the
+        # others are held for it. A late answer, which nobody waits for, is none of them.
+        unfinished = [
+            name
+            for name, other in self._links.items()
+            if other.is_awaited or (other.held_bytes and other.asked is None)
+        ]
+        is_first = link.is_awaited and link.learner == min(unfinished)
+        return not held or held + size <= _HELD_BYTES or is_first
 
     def _leave(self, link: Link, reason: str) -> None:
         with self._changed:

@@ -16,6 +16,7 @@ from pyarrow import flight
 
 from flops.errors import ErrorCode, FlopsError
 from flops.testing.played_learner import PlayedLearner, echo
+from flops.trainer import links
 from flops.trainer.links import Instruction, LearnerServer, Link
 from flops.wire.keepalive import keep_connections_alive
 from flops.wire.training import REPLY, TRAIN, Message, encode_arrays
@@ -57,6 +58,36 @@ def room() -> Iterator[Room]:
     for learner in room.learners:
         learner.close()
     room.server.stop()
+
+
+def test_no_more_answers_come_in_than_memory_is_there_for(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_HELD_BYTES", 50)  # of answers of 24
+    names = [f"learner-{number}" for number in range(6)]
+    for name in names:
+        room.join(name)
+    instruction = Instruction(TRAIN, {"round": 1}, encode_arrays([np.arange(3.0)]))
+    requests = room.server.send([(link, instruction) for link in room.server.joined()])
+
+    def held() -> list[str]:
+        return [link.learner for link in room.server.joined() if link.held_bytes]
+
+    def all_but(count: int) -> bool:
+        """Whether all that have not been freed are held, or wait."""
+        waiting = sum(link.waits_for_room for link in room.server.joined())
+        return bool(held()) and waiting + len(held()) == len(names) - count
+
+    freed: list[str] = []
+    while len(freed) < len(names):
+        assert room.server.wait_until(lambda: all_but(len(freed)), 10)
+        assert 1 <= len(held()) <= 3  # two, and the first of all
+        request = next(one for one in requests if one.link.learner == held()[0])
+        assert room.server.wait_until(lambda: request.is_settled, 10)  # noqa: B023 (called at once)
+        assert room.server.take(request)[0] is not None
+        freed.append(request.link.learner)
+        room.server.free(freed[-1])
+    assert sorted(freed) == names
 
 
 def test_all_are_asked_at_once_and_answer(room: Room) -> None:
