@@ -214,7 +214,7 @@ CATALOGUE: Mapping[ErrorCode, ErrorSpec] = {
         507, 56, "Raise resource_constraints.memory (MB), or use less data at once."
     ),
     ErrorCode.OUT_OF_STORAGE: ErrorSpec(
-        507, 76, "Raise resource_constraints.storage (MB), or have the code write less."
+        507, 78, "Raise resource_constraints.storage (MB), or have the code write less."
     ),
     ErrorCode.JOIN_REFUSED: ErrorSpec(
         403, 57, "Get a new token with `flops node invite` on the machine of the control plane."
