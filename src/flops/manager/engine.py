@@ -305,7 +305,7 @@ class Engine:
                 event = Aborted(failure=_internal(f"{effect.kind.value} raised {type(exc).__name__}: {exc}"))
             if event is not None:
                 self._apply_safely(effect.project_id, event)
-            if self._goes_on_looking(effect):
+            if effect.kind is EffectKind.LOOK_FOR_NODES and self._goes_on_looking(effect.project_id):
                 return _LOOK_EVERY_S
             self._finish(effect)
             return None
@@ -327,10 +327,9 @@ class Engine:
             return True
         return self.is_closed or stage.is_final or stage is Stage.STOPPING
 
-    def _goes_on_looking(self, effect: Effect) -> bool:
+    def _goes_on_looking(self, project_id: ProjectId) -> bool:
         try:
-            project = self._store.get(effect.project_id)
-            return effect.kind is EffectKind.LOOK_FOR_NODES and takes_in_nodes(project)
+            return takes_in_nodes(self._store.get(project_id))
         except FlopsError:
             return False
 
