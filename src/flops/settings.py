@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,16 @@ class Settings(BaseModel):
     """Base: each field is read from ``FLOPS_<FIELD>``; keyword arguments win over the environment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_arguments(cls, arguments: Iterable[str]) -> Self:
+        """Read the settings of a process from its arguments, see `arguments_of`, and the environment.
+
+        Raises:
+            FlopsError: as `read`.
+        """
+        pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)
+        return cls.read(None, **{name.replace("-", "_"): value for name, value in pairs})
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Self:
@@ -45,6 +55,11 @@ class Settings(BaseModel):
             raise FlopsError(
                 ErrorCode.CONFIG_INVALID, f"FLOPS_{name.upper()} is {first['input']!r}: {first['msg']}."
             ) from exc
+
+
+def arguments_of(given: Mapping[str, Any]) -> list[str]:
+    """Settings as arguments of a process that reads them by `Settings.from_arguments`; None is left out."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
 
 
 def default_home() -> Path:

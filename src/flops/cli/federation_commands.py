@@ -113,7 +113,7 @@ def start_cluster(
 ) -> None:
     """Run a further cluster here: nodes of this site join it, and it joins the manager."""
     from flops.cli.relay_join import RelayJoining, keep_relay
-    from flops.settings import RelaySettings
+    from flops.settings import RelaySettings, arguments_of
 
     folder = home or global_options().home
     given = {"home": None if folder is None else folder.absolute(), "cluster_port": port}
@@ -121,7 +121,7 @@ def start_cluster(
     process = _process(settings)
     process.prepare()
     keep_relay(settings.relay_dir, RelayJoining(name, manager, token, is_insecure=insecure))
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
+    options = arguments_of(given)
 
     def tell(endpoint: Mapping[str, Any]) -> None:
         say(f"The cluster {endpoint['cluster']} is up.")
@@ -164,11 +164,11 @@ def stop_cluster(home: Home = None, output_format: FormatOption = OutputFormat.T
 
 def _process(settings: RelaySettings) -> OwnProcess:
     from flops.cli.own_process import OwnProcess
-    from flops.relay.configuration import LOG_FILE
+    from flops.relay.configuration import LOG_FILE, WHAT
 
     return OwnProcess(
         name="relay",
-        what="cluster's relay",
+        what=WHAT,
         folder=settings.relay_dir,
         log=LOG_FILE,
         shown_as="cluster_address",

@@ -108,7 +108,7 @@ def up(
     """Start the control plane: manager, cluster orchestrator and MLflow server."""
     from flops.cli.control import run_in_foreground, start_control_plane
     from flops.control.lifetime import ADMIN_TOKEN_FILE
-    from flops.settings import ControlSettings
+    from flops.settings import ControlSettings, arguments_of
 
     folder = home or global_options().home
     given = {
@@ -121,7 +121,7 @@ def up(
         "tracking_port": tracking_port,
     }
     settings = ControlSettings.read(None, **given)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    options = arguments_of(given)
     token_file = settings.control_dir / ADMIN_TOKEN_FILE
 
     def tell(endpoint: Mapping[str, Any]) -> None:

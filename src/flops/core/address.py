@@ -22,6 +22,16 @@ def with_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def split_port(address: str) -> tuple[str, int]:
+    """Host and port of what `with_port` has made; the host without brackets.
+
+    Raises:
+        ValueError: there is no port.
+    """
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def reached_elsewhere(host: str, named: str | None, what: str) -> str:
     """Where other machines reach what listens on an address.
 

@@ -13,6 +13,7 @@ from flops.errors import ErrorCode, FlopsError
 
 IDENTITY_FILE = "identity.pem"
 LOG_FILE = "relay.log"
+WHAT = "cluster's relay"  # in sentences about its process
 _FILE = "relay.json"
 
 

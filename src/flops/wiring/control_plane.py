@@ -72,15 +72,9 @@ _WRITING_MOST_S = 600.0  # no file takes that long to be written
 
 def run_control_plane(arguments: list[str]) -> int:
     """Run the control plane until it is told to stop; returns its exit code."""
-    settings = ControlSettings.read(None, **_parse(arguments))
+    settings = ControlSettings.from_arguments(arguments)
     configure_logging(settings.log_level)
     return run_until_told(settings.control_dir, lambda parts: _start(settings, parts))
-
-
-def _parse(arguments: list[str]) -> dict[str, str]:
-    """Turn ``--manager-port=5072`` into ``{"manager_port": "5072"}``."""
-    pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)
-    return {name.replace("-", "_"): value for name, value in pairs}
 
 
 def _open_images(folder: Path) -> tuple[FileBlobs, Repositories]:

@@ -17,12 +17,12 @@ from flops.adapters.manager_uplink import ManagerUplink
 from flops.adapters.system_clock import SystemClock
 from flops.control.kept_ports import KeptPorts
 from flops.control.lifetime import run_until_told
-from flops.core.address import is_any, with_port
+from flops.core.address import is_any, split_port, with_port
 from flops.core.health import is_loopback
 from flops.errors import ErrorCode, FlopsError
 from flops.log import configure_logging
 from flops.relay.app import build_relay
-from flops.relay.configuration import IDENTITY_FILE, RelayConfiguration
+from flops.relay.configuration import IDENTITY_FILE, WHAT, RelayConfiguration
 from flops.relay.presence import Presence
 from flops.relay.site_cache import SiteCache
 from flops.settings import RelaySettings
@@ -30,15 +30,12 @@ from flops.wire.cluster_tls import cluster_tls
 from flops.wire.join import RelayPresence
 from flops.wiring.renewal import RenewedIdentity
 
-WHAT = "cluster's relay"
-
 _log = logging.getLogger(__name__)
 
 
 def run_relay(arguments: list[str]) -> int:
     """Run a relay until it is told to stop; returns its exit code."""
-    pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)
-    settings = RelaySettings.read(None, **{name.replace("-", "_"): value for name, value in pairs})
+    settings = RelaySettings.from_arguments(arguments)
     configure_logging(settings.log_level)
     return run_until_told(settings.relay_dir, lambda parts: start_relay(settings, parts), WHAT)
 
@@ -112,4 +109,4 @@ def _encryption(
 
 def _reached_at(settings: RelaySettings, conf: RelayConfiguration) -> str:
     host = settings.cluster_host
-    return address_towards(conf.manager.rpartition(":")[0].strip("[]")) if is_any(host) else host
+    return address_towards(split_port(conf.manager)[0]) if is_any(host) else host
