@@ -13,6 +13,7 @@ from typing import Any, Self
 import pyarrow as pa
 from pyarrow import flight
 
+from flops.core.address import split_port
 from flops.core.cluster import DataTag
 from flops.core.dataset import Stored, TagDescription, TagLimits
 from flops.errors import ErrorCode, FlopsError
@@ -62,7 +63,7 @@ class FlightDataClient:
 
     def __init__(self, address: str, token: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.address = _with_port(address)
-        self._port = int(self.address.rpartition(":")[2])
+        self._host, self._port = split_port(self.address)
         self._token, self._trust = split_trust(token)
         self._timeout_s = timeout_s
         location, options = dial_options(self.address, self._trust)
@@ -242,11 +243,11 @@ class FlightDataClient:
 
     def _encryption_problem(self) -> FlopsError | None:
         """What of encryption is wrong; gRPC says no more than that there is no connection."""
-        host, trust, tls = self.address.rpartition(":")[0].strip("[]"), self._trust, None
+        trust, tls = self._trust, None
         if trust is not None:
             tls = ssl.create_default_context(cadata=trust.authority)
         name, expected = "" if trust is None else trust.name, "the data server that the token is for"
-        found = dialled_in_vain(host, self._port, tls, name, expected, _LOOK_S)
+        found = dialled_in_vain(self._host, self._port, tls, name, expected, _LOOK_S)
         if found is not None:
             found.hint = "Use a token that `flops data token` has made on the machine of the node lately."
         return found

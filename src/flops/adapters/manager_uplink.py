@@ -10,6 +10,7 @@ import httpx
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
+from flops.core.address import split_port
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import tls_problem
 
@@ -43,13 +44,8 @@ class ManagerUplink:
         body: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[UplinkAnswer]:
         """Ask for a path with its query; see `Uplink`."""
-        host, _, port = self._manager.rpartition(":")
-        url = httpx.URL(
-            scheme="http" if self._tls is None else "https",
-            host=host.strip("[]"),
-            port=int(port),
-            raw_path=target,
-        )
+        scheme, (host, port) = "http" if self._tls is None else "https", split_port(self._manager)
+        url = httpx.URL(scheme=scheme, host=host, port=port, raw_path=target)
         timeout = httpx.Timeout(_SILENCE_S, connect=_OPEN_TIMEOUT_S)
         verify = True if self._tls is None else self._tls
         try:

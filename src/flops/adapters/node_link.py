@@ -17,6 +17,7 @@ from websockets.exceptions import (
 from websockets.sync.client import ClientConnection, connect
 
 from flops.adapters.tls_socket import TlsSocket
+from flops.core.address import split_port
 from flops.errors import ErrorCode, FlopsError
 from flops.wire.cluster_tls import alert_of, speaks_tls, tls_problem
 from flops.wire.node import FROM_CLUSTER, FromCluster, FromNode
@@ -124,7 +125,7 @@ def dial_cluster(
 
 
 def _connect_by_tls(cluster: str, tls: ssl.SSLContext, timeout_s: float) -> TlsSocket:
-    host, port = _host_and_port(cluster)
+    host, port = split_port(cluster)
     connection = socket.create_connection((host, port), timeout=timeout_s)
     encrypted = TlsSocket(connection, tls, host)
     connection.settimeout(None)
@@ -136,17 +137,12 @@ def _tls_problem(exc: Exception, cluster: str, tls: ssl.SSLContext) -> FlopsErro
     problem = tls_problem(exc, cluster)
     if problem is not None or not isinstance(exc, _BROKEN_OFF):
         return problem
-    return alert_of(*_host_and_port(cluster), tls, _PROBE_S)
-
-
-def _host_and_port(cluster: str) -> tuple[str, int]:
-    host, _, port = cluster.rpartition(":")
-    return host.strip("[]"), int(port)
+    return alert_of(*split_port(cluster), tls, _PROBE_S)
 
 
 def _plain_problem(exc: Exception, cluster: str) -> FlopsError | None:
     """What it means when something answers that does not speak HTTP."""
-    if not isinstance(exc, _BROKEN_OFF) or not speaks_tls(*_host_and_port(cluster), _PROBE_S):
+    if not isinstance(exc, _BROKEN_OFF) or not speaks_tls(*split_port(cluster), _PROBE_S):
         return None
     return FlopsError(
         ErrorCode.ENCRYPTION_MISMATCH,

@@ -17,6 +17,7 @@ import typer
 from flops.adapters.system_clock import SystemClock
 from flops.cli.findings import show_findings
 from flops.cli.output import OutputFormat, print_data, say, timestamp
+from flops.core.address import split_port
 from flops.core.health import (
     Finding,
     Severity,
@@ -96,9 +97,8 @@ def examine_shown_certificate(address: str) -> Iterable[Finding]:
     """The certificate that is shown at an address, ``host:port``, whoever is there."""
     from flops.adapters.certificates import life_of
 
-    host, _, port = address.rpartition(":")
     try:
-        shown = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=WAIT_S)
+        shown = ssl.get_server_certificate(split_port(address), timeout=WAIT_S)
         return examine_certificate(*life_of(shown), address)
     except (OSError, ValueError) as exc:
         what = f"No certificate can be seen: {exc}."

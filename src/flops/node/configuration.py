@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flops.core.address import with_port
 from flops.core.cluster import IMAGE_BUILDER_ADDON, LEARNER_ADDON
 from flops.disclosure import Disclosure
 from flops.errors import ErrorCode, FlopsError
@@ -61,8 +62,7 @@ class NodeConfiguration:
     @property
     def cluster(self) -> str:
         """``host:port`` of the cluster."""
-        host = self.cluster_address
-        return f"[{host}]:{self.cluster_port}" if ":" in host else f"{host}:{self.cluster_port}"
+        return with_port(self.cluster_address, self.cluster_port)
 
     @property
     def app_logs(self) -> str:
@@ -233,9 +233,9 @@ def parse_address(text: str) -> tuple[str, int | None]:
         FlopsError: ``config_invalid``.
     """
     host, port = text.strip(), None
-    with_port = re.fullmatch(r"(\[[^\]]*\]|[^:]*):(\d+)", host)
-    if with_port:
-        host, port = with_port[1], check_port(int(with_port[2]))
+    found = re.fullmatch(r"(\[[^\]]*\]|[^:]*):(\d+)", host)
+    if found:
+        host, port = found[1], check_port(int(found[2]))
     if not _HOST.fullmatch(host):
         raise FlopsError(
             ErrorCode.CONFIG_INVALID,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flops.core.address import reached_elsewhere, with_port
+from flops.core.address import reached_elsewhere, split_port, with_port
 from flops.core.clusters import DEFAULT_CLUSTER, Cluster, find_cluster
 from flops.errors import ErrorCode, FlopsError
 from flops.orchestrator.admission import Admission
@@ -54,7 +54,7 @@ class Federation:
         else:
             address = find_cluster(self.all(), wanted.cluster).address
             if wanted.address:
-                address = with_port(wanted.address, int(address.rpartition(":")[2]))
+                address = with_port(wanted.address, split_port(address)[1])
         token = admission.invite(
             address, nodes=wanted.nodes, for_s=wanted.for_s, addons=wanted.addons, cluster=wanted.cluster
         )
