@@ -18,6 +18,7 @@ from flops.core.admission import (
     Caller,
     Invitation,
     NodeCertificate,
+    PeerCertificate,
     certificate_refused,
     check_addressee,
     check_join,
@@ -216,10 +217,7 @@ class Admission:
         Raises:
             FlopsError: ``certificate_refused`` for a relay whose certificate is not in force.
         """
-        if caller.relay is None:
-            return DEFAULT_CLUSTER
-        certificate = self._store.certificate(caller.relay.serial)
-        return check_peer(caller.relay, certificate, self._clock.now_s()).cluster
+        return DEFAULT_CLUSTER if caller.relay is None else self.check_relay(caller).cluster
 
     def check(self, caller: Caller) -> NodeCertificate:
         """The certificate in force of the node at the other side.
@@ -227,14 +225,13 @@ class Admission:
         Raises:
             FlopsError: ``certificate_refused``, also for one that comes through another cluster than its own.
         """
-        cluster, peer = self.cluster_of(caller), caller.peer
-        if peer is None:
-            raise FlopsError(ErrorCode.CERTIFICATE_REFUSED, "No certificate was shown, and this needs one.")
-        certificate = check_peer(peer, self._store.certificate(peer.serial), self._clock.now_s())
+        cluster = self.cluster_of(caller)
+        certificate = self._must_be_in_force(caller.peer, "No certificate was shown, and this needs one.")
         if certificate.cluster != cluster:
             raise FlopsError(
                 ErrorCode.CERTIFICATE_REFUSED,
-                f"Node {peer.name} has joined the cluster {certificate.cluster}, and this is {cluster}.",
+                f"Node {certificate.node_id} has joined the cluster {certificate.cluster}, and this is "
+                f"{cluster}.",
                 hint=f"Have it dial {certificate.cluster}; to move it, `flops node remove` it, and join here "
                 "by a new token.",
             )
@@ -271,10 +268,12 @@ class Admission:
         Raises:
             FlopsError: ``certificate_refused``.
         """
-        relay = caller.relay
-        if relay is None:
-            raise FlopsError(ErrorCode.CERTIFICATE_REFUSED, "No cluster's certificate was shown.")
-        return check_peer(relay, self._store.certificate(relay.serial), self._clock.now_s())
+        return self._must_be_in_force(caller.relay, "No cluster's certificate was shown.")
+
+    def _must_be_in_force(self, peer: PeerCertificate | None, otherwise: str) -> NodeCertificate:
+        if peer is None:
+            raise FlopsError(ErrorCode.CERTIFICATE_REFUSED, otherwise)
+        return check_peer(peer, self._store.certificate(peer.serial), self._clock.now_s())
 
     def _renew(self, check: Callable[[], NodeCertificate], request: str) -> NodeCertificate:
         with self._lock:

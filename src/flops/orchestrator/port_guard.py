@@ -5,9 +5,8 @@ Open are only the sign of life, the authority's certificate, and joining, which 
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -51,6 +50,7 @@ _LONGEST_REQUEST = 64 * 1024
 _log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Value)
+_Sign = Callable[[Any, Caller], str]  # a certificate for who asks by a model, PEM
 
 
 def caller_of(scope: Scope) -> Caller:
@@ -98,6 +98,19 @@ class PortGuard:
         self._admission = admission
         self._running = running
         self._call = call
+        self._signs: Mapping[str, tuple[type[Value], _Sign]] = {
+            JOIN_PATH: (JoinRequest, lambda wanted, caller: admission.join(wanted, caller).pem),
+            RENEWAL_PATH: (
+                RenewalRequest,
+                lambda wanted, caller: admission.renew(caller, wanted.signing_request).pem,
+            ),
+            CLUSTER_JOIN_PATH: (ClusterJoinRequest, lambda wanted, _: admission.join_relay(wanted).pem),
+            CLUSTER_RENEWAL_PATH: (
+                RenewalRequest,
+                lambda wanted, caller: admission.renew_relay(caller, wanted.signing_request).pem,
+            ),
+            SERVICE_PATH: (ServiceCertificateRequest, self._certify),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or pass it on. A node's link is checked where it says who it is."""
@@ -119,32 +132,20 @@ class PortGuard:
         method, path, caller = scope["method"], scope["path"], caller_of(scope)
         if (method, path) == ("GET", AUTHORITY_PATH):
             return JSONResponse(AuthorityShown(certificate=self._admission.authority_pem).model_dump())
-        if (method, path) == ("POST", JOIN_PATH):
-            wanted = await read_body(JoinRequest, scope, receive)
-            signed = await self._call(lambda: self._admission.join(wanted, caller))
-            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
-        if (method, path) == ("POST", RENEWAL_PATH):
-            renewal = await read_body(RenewalRequest, scope, receive)
-            signed = await self._call(lambda: self._admission.renew(caller, renewal.signing_request))
-            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
-        if (method, path) == ("POST", CLUSTER_JOIN_PATH):
-            relay = await read_body(ClusterJoinRequest, scope, receive)
-            signed = await self._call(lambda: self._admission.join_relay(relay))
-            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
-        if (method, path) == ("POST", CLUSTER_RENEWAL_PATH):
-            renewal = await read_body(RenewalRequest, scope, receive)
-            signed = await self._call(lambda: self._admission.renew_relay(caller, renewal.signing_request))
-            return JSONResponse(CertificateSigned(certificate=signed.pem).model_dump())
-        if (method, path) == ("POST", SERVICE_PATH):
-            asked = await read_body(ServiceCertificateRequest, scope, receive)
-            certify = functools.partial(self._admission.certify_data_server, caller, asked.signing_request)
-            if asked.service_id != DATA_SERVER:
-                service, request = self._running(asked.service_id), asked.signing_request
-                certify = functools.partial(self._admission.certify_service, caller, service, request)
-            return JSONResponse(CertificateSigned(certificate=await self._call(certify)).model_dump())
+        if method == "POST" and path in self._signs:
+            kind, sign = self._signs[path]
+            wanted = await read_body(kind, scope, receive)
+            certificate = await self._call(lambda: sign(wanted, caller))
+            return JSONResponse(CertificateSigned(certificate=certificate).model_dump())
         if path not in _OPEN:
             await self._check(scope, caller)
         return None
+
+    def _certify(self, wanted: ServiceCertificateRequest, caller: Caller) -> str:
+        if wanted.service_id == DATA_SERVER:
+            return self._admission.certify_data_server(caller, wanted.signing_request)
+        service = self._running(wanted.service_id)
+        return self._admission.certify_service(caller, service, wanted.signing_request)
 
     async def _check(self, scope: Scope, caller: Caller) -> None:
         if scope["path"] == PRESENCE_PATH:
