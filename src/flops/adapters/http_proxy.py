@@ -13,17 +13,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flops.errors import ErrorCode, FlopsError
+from flops.wire.http_headers import passed_on
 
 _ANSWER_S = 600.0  # the longest wait for bytes: some answers are made from a whole database
 _CONNECT_S = 10.0
 _CONNECTIONS = 64
-# Of one connection (RFC 9110), or of the other side of the proxy.
+# What is for this side of the proxy.
 _NOT_PASSED_ON = frozenset(
-    {
-        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-        "transfer-encoding", "upgrade", "host", "authorization", "cookie", "origin", "referer",
-    }
-)  # fmt: skip
+    b"proxy-authenticate proxy-authorization host authorization cookie origin referer".split()
+)
 
 
 class HttpProxy:
@@ -73,22 +71,17 @@ class HttpProxy:
             raise httpx.ConnectError("it has not been started")
         path = request.scope["raw_path"].partition(b"?")[0].removeprefix(self._prefix)
         query = b"?" + request.scope["query_string"] if request.scope["query_string"] else b""
-        headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_PASSED_ON]
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-        passed_on = self._client.build_request(
+        asked = self._client.build_request(
             request.method,
             # Never another host, and nothing above the URL.
             self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + b"/" + path.lstrip(b"/") + query),
-            headers=headers,
+            headers=passed_on(request.headers.raw, without=_NOT_PASSED_ON),
             content=request.stream() if has_body else None,
         )
-        response = await self._client.send(passed_on, stream=True)
+        response = await self._client.send(asked, stream=True)
         answer = StreamingResponse(
             response.aiter_raw(), response.status_code, background=BackgroundTask(response.aclose)
         )
-        answer.raw_headers = [
-            (name.lower(), value)
-            for name, value in response.headers.raw
-            if name.decode("latin-1").lower() not in _NOT_PASSED_ON
-        ]
+        answer.raw_headers = passed_on(response.headers.raw, without=_NOT_PASSED_ON)
         return answer

@@ -22,8 +22,9 @@ from flops.core.ids import Digest
 from flops.errors import ErrorCode, FlopsError
 from flops.relay.node_pipe import pass_link
 from flops.relay.site_cache import SiteCache
-from flops.relay.uplink import Answer, Headers, Uplink, passed_on, vouched
+from flops.relay.uplink import NOT_PASSED_ON, Answer, Headers, Uplink, vouched
 from flops.wire.byte_range import NoSuchPartError, read_range
+from flops.wire.http_headers import passed_on
 
 _KEPT = re.compile(
     r"/api/blobs/(?P<blob>[0-9a-f]{64})|/v2/.+/blobs/sha256:(?P<layer>[0-9a-f]{64})"
@@ -81,7 +82,7 @@ class _PassedOn(Response):
         try:
             async with self._asked as answer:
                 response = StreamingResponse(answer.chunks(), answer.status)
-                response.raw_headers = passed_on(answer.headers)
+                response.raw_headers = passed_on(answer.headers, without=NOT_PASSED_ON)
                 await response(scope, receive, send)
         except ClientDisconnect:
             _log.info("%s %s broke off", scope["method"], scope["path"])
@@ -126,7 +127,7 @@ class _Relay:
         told[b"content-length"] = str(stop - start).encode()
         if part is not None:
             told[b"content-range"] = f"bytes {start}-{stop - 1}/{size}".encode()
-        response.raw_headers = passed_on(list(told.items()))
+        response.raw_headers = passed_on(told.items(), without=NOT_PASSED_ON)
         return response
 
     def _pass_on(self, request: Request) -> Response:
@@ -135,7 +136,8 @@ class _Relay:
         return _PassedOn(self._uplink.ask(request.method, _target(request), self._headers(request), body))
 
     def _headers(self, request: Request) -> Headers:
-        return [*passed_on(request.headers.raw), *vouched(request.scope, self._cluster)]
+        headers = passed_on(request.headers.raw, without=NOT_PASSED_ON)
+        return [*headers, *vouched(request.scope, self._cluster)]
 
 
 def _target(request: Request) -> bytes:

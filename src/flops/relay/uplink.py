@@ -13,10 +13,8 @@ from flops.wire.join import CLUSTER_HEADER, NODE_HEADER, PEER_EXTENSION, node_he
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-_OWN = frozenset({CLUSTER_HEADER.encode(), NODE_HEADER.encode()})
-_OF_ONE_CONNECTION = frozenset(
-    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade".split()
-)
+# Who somebody is, says the relay alone.
+NOT_PASSED_ON = frozenset({b"proxy-connection", CLUSTER_HEADER.encode(), NODE_HEADER.encode()})
 
 
 class Answer(Protocol):
@@ -64,11 +62,6 @@ class Uplink(Protocol):
     def dial(self, headers: Headers) -> AbstractAsyncContextManager[Link]:
         """Open a node's connection, until the end of the block."""
         ...
-
-
-def passed_on(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers that are not about one connection only, and that do not say who somebody is."""
-    return [(name, value) for name, value in headers if name.lower() not in _OF_ONE_CONNECTION | _OWN]
 
 
 def vouched(scope: Scope, cluster: str) -> list[tuple[bytes, bytes]]:
