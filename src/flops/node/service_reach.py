@@ -43,9 +43,7 @@ def service_reach(
         environ: the service's environment variables.
         image: that it runs in; "" for none.
     """
-    dials, listens = (None, ()) if context.has_open_network else _ports(kind, context)
-    if kind is ServiceKind.AGGREGATOR and image and not context.has_open_network:
-        dials, listens = _aggregators_ports(context)
+    dials, listens = (None, ()) if context.has_open_network else _ports(kind, context, image)
     if image:
         return Reach(dials=dials, listens=listens, image=image)
     bundle = (context.repo_dir,) if context.repo_dir else ()
@@ -68,12 +66,16 @@ def _data(kind: ServiceKind, context: ActorContext) -> tuple[str, ...]:
     return tuple(str(Path(context.data_dir) / check_tag(tag)) for tag in context.config["data_tags"])
 
 
-def _ports(kind: ServiceKind, context: ActorContext) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+def _ports(
+    kind: ServiceKind, context: ActorContext, image: str
+) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
     """The ports that a service dials, None for any, and those that it listens at."""
     if kind is ServiceKind.LEARNER:
         return _ports_of(context.config.get("aggregator"), context.data_address), ()
     if kind is ServiceKind.INFERENCE:
         return (), _ports_of(context.config.get("port"))
+    if kind is ServiceKind.AGGREGATOR and image:
+        return _aggregators_ports(context)
     return None, ()
 
 

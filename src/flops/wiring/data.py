@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flops.errors import ErrorCode, FlopsError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flops.ports import DataCatalog
     from flops.wire.server_trust import ServerTrust
 
@@ -70,13 +72,18 @@ def server_trust(folder: Path) -> ServerTrust | None:
     import json
 
     from flops.wire.flight import ENDPOINT_FILE, IDENTITY_FILE
-    from flops.wire.server_trust import ServerTrust
 
     try:
         endpoint = json.loads((folder / ENDPOINT_FILE).read_text())
     except (OSError, ValueError):  # it does not run: what it showed last
         path = folder / IDENTITY_FILE
         return _read_identity(path)[1] if path.exists() else None
+    return _trust_in(endpoint)
+
+
+def _trust_in(endpoint: Mapping[str, Any]) -> ServerTrust | None:
+    from flops.wire.server_trust import ServerTrust
+
     return ServerTrust(endpoint["name"], endpoint["authority"]) if "authority" in endpoint else None
 
 
@@ -96,6 +103,6 @@ def open_data_catalog(folder: Path) -> DataCatalog:
         endpoint = json.loads((folder / ENDPOINT_FILE).read_text())
         token = (folder / TOKEN_FILE).read_text().strip()
         address = f"{endpoint['host']}:{endpoint['port']}"
-        return FlightDataClient(address, with_trust(token, server_trust(folder)))
+        return FlightDataClient(address, with_trust(token, _trust_in(endpoint)))
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise FlopsError(ErrorCode.UNREACHABLE, f"The data server in {folder} is not ready.") from exc
