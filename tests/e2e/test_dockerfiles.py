@@ -13,6 +13,7 @@ import uv
 
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.images.debian_base import DebianBase
+from flops.adapters.images.stored_image import store_image
 from flops.adapters.registry_client.client import OciRegistry
 from flops.core.image_reference import ImageReference
 from flops.core.images import ImageRun
@@ -26,7 +27,7 @@ from flops.testing.example import (
     sla_file,
     submit,
 )
-from flops.testing.images import image_of, make_index, own_registry
+from flops.testing.images import make_index, own_registry
 from flops.testing.podman import missing_for_podman, running_podman
 
 _MISSING = (
@@ -64,7 +65,7 @@ def base(tmp_path: Path) -> Iterator[ImageReference]:
     environ = inherited_environment()
     debian = DebianBase(tmp_path / "bases", uv=program, environ=environ, has_compilers=True)
     found = debian.base(Platform.AMD64, blobs, ignore)
-    image = image_of(blobs, Platform.AMD64, found.layers, ImageRun(env=found.env, user="0:0"))
+    image = store_image(blobs, Platform.AMD64, found.layers, ImageRun(env=found.env, user="0:0"))
     with own_registry(tmp_path / "registry") as host:
         reference = ImageReference(host=host, name="debian", tag="with-python")
         OciRegistry().push(reference, make_index(blobs, image), blobs, ignore)

@@ -41,6 +41,7 @@ from flops.testing.images import (
     make_index,
     make_shell_base,
     own_registry,
+    shell_base,
     unpack_layer,
 )
 from flops.testing.waiting import until
@@ -102,12 +103,7 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageReference]:
-    folder = tmp_path_factory.mktemp("base")
-    blobs = FileBlobs(folder / "blobs")
-    with own_registry(folder / "registry") as host:
-        reference = ImageReference(host=host, name="base", tag="v1")
-        image = make_shell_base(blobs, "cat", "ls", "sleep", "id", "dd", "mount")
-        OciRegistry().push(reference, make_index(blobs, image), blobs, lambda _: None)
+    with shell_base(tmp_path_factory.mktemp("base"), "cat", "ls", "sleep", "id", "dd", "mount") as reference:
         yield reference
 
 

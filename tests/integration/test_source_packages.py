@@ -30,7 +30,7 @@ from flops.errors import ErrorCode, FlopsError
 from flops.image_ports import ImageRecipe
 from flops.settings import inherited_environment
 from flops.testing.contracts.image_assembler import images_of
-from flops.testing.images import make_index, make_shell_base, own_registry, unpack_layer
+from flops.testing.images import shell_base, unpack_layer
 from flops.testing.wheels import lock_of, make_source_package, make_wheel
 
 MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -115,12 +115,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageReference]:
-    folder = tmp_path_factory.mktemp("base")
-    blobs = FileBlobs(folder / "blobs")
-    with own_registry(folder / "registry") as host:
-        reference = ImageReference(host=host, name="base", tag="v1")
-        image = make_shell_base(blobs, has_python=True)
-        OciRegistry().push(reference, make_index(blobs, image), blobs, lambda _: None)
+    with shell_base(tmp_path_factory.mktemp("base"), has_python=True) as reference:
         yield reference
 
 

@@ -22,22 +22,21 @@ import uv
 
 from flops.adapters.file_blobs import FileBlobs
 from flops.adapters.http_server import HttpServer
+from flops.adapters.images.stored_image import store, store_image
+from flops.adapters.registry_client.client import OciRegistry
 from flops.adapters.system_clock import SystemClock
 from flops.adapters.uv_program import own_python
 from flops.core.ids import Digest
+from flops.core.image_reference import ImageReference
 from flops.core.images import (
-    CONFIG,
     INDEX,
     LAYER_GZIP,
-    MANIFEST,
     PYTHON_LABEL,
     BaseImage,
     Descriptor,
     ImageRun,
     Layer,
-    config_bytes,
     index_bytes,
-    manifest_bytes,
 )
 from flops.core.platforms import Platform
 from flops.image_ports import ImageBlobs, Report
@@ -75,15 +74,7 @@ def make_image(
     """An image of layers by their names; returns its manifest's descriptor."""
     layers = [make_layer(blobs, name, size) for name in names]
     run = ImageRun(labels={PYTHON_LABEL: "3", "names": " ".join(names)})
-    return image_of(blobs, Platform(platform), layers, run)
-
-
-def image_of(blobs: ImageBlobs, platform: Platform, layers: Sequence[Layer], run: ImageRun) -> Descriptor:
-    """An image of layers that are there; returns its manifest's descriptor."""
-    config = config_bytes(platform, layers, run)
-    described = Descriptor(media_type=CONFIG, digest=blobs.put(config), size=len(config))
-    data = manifest_bytes(described, [layer.blob for layer in layers])
-    return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=platform.value)
+    return store_image(blobs, Platform(platform), layers, run)
 
 
 class HandMadeBase:
@@ -134,8 +125,7 @@ def unpack_layer(blobs: ImageBlobs, layer: Descriptor, folder: Path) -> dict[str
 
 def make_index(blobs: ImageBlobs, *images: Descriptor) -> Descriptor:
     """An index over images."""
-    data = index_bytes(images)
-    return Descriptor(media_type=INDEX, digest=blobs.put(data), size=len(data))
+    return store(blobs, index_bytes(images), INDEX)
 
 
 @contextlib.contextmanager
@@ -315,7 +305,18 @@ def make_shell_base(blobs: ImageBlobs, *programs: str, has_python: bool = False)
     blob = Descriptor(media_type=LAYER_GZIP, digest=blobs.put(packed), size=len(packed))
     layer = Layer(blob=blob, diff_id=Digest(hashlib.sha256(archive.getvalue()).hexdigest()))
     run = ImageRun(env={"PATH": "/usr/local/bin:/bin", "OF": "base"}, user="0:0")
-    return image_of(blobs, Platform.of(os.uname().machine), [layer], run)
+    return store_image(blobs, Platform.of(os.uname().machine), [layer], run)
+
+
+@contextlib.contextmanager
+def shell_base(folder: Path, *programs: str, has_python: bool = False) -> Iterator[ImageReference]:
+    """`make_shell_base` in a registry of its own; yields its name there."""
+    blobs = FileBlobs(folder / "blobs")
+    with own_registry(folder / "registry") as host:
+        reference = ImageReference(host=host, name="base", tag="v1")
+        image = make_shell_base(blobs, *programs, has_python=has_python)
+        OciRegistry().push(reference, make_index(blobs, image), blobs, lambda _: None)
+        yield reference
 
 
 def _libraries(program: Path) -> list[Path]:

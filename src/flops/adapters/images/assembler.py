@@ -17,18 +17,15 @@ from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import pack_layer
 from flops.adapters.images.source_packages import SourcePackages
+from flops.adapters.images.stored_image import store, store_image
 from flops.adapters.uv_program import UvProgram
 from flops.core.images import (
-    CONFIG,
     INDEX,
-    MANIFEST,
     PYTHON_LABEL,
     BaseImage,
     Descriptor,
     Layer,
-    config_bytes,
     index_bytes,
-    manifest_bytes,
 )
 from flops.core.platforms import Platform
 from flops.durable_file import file_error
@@ -77,7 +74,7 @@ class OciAssembler:
             FlopsError: see `flops.image_ports.ImageAssembler.assemble`.
         """
         images = at_once([partial(self._image, recipe, each, report) for each in recipe.platforms])
-        return self._store(index_bytes(images), INDEX)
+        return store(self._blobs, index_bytes(images), INDEX)
 
     def _image(self, recipe: ImageRecipe, platform: Platform, report: Report) -> Descriptor:
         foreseen = self._bases.foreseen(platform)
@@ -101,9 +98,7 @@ class OciAssembler:
                 "labels": {PYTHON_LABEL: base.python, **recipe.run.labels},
             }
         )
-        config = self._store(config_bytes(platform, layers, run), CONFIG)
-        manifest = manifest_bytes(config, [layer.blob for layer in layers])
-        return self._store(manifest, MANIFEST, platform)
+        return store_image(self._blobs, platform, layers, run)
 
     def _layer(
         self,
@@ -136,10 +131,6 @@ class OciAssembler:
 
         key = key_of("code", python, *(f"{path}\0{digest}" for path, digest in sorted(files.items())))
         return (self._cache.layer(key, what, make, report),)
-
-    def _store(self, data: bytes, media_type: str, platform: str = "") -> Descriptor:
-        digest = self._blobs.put(data)
-        return Descriptor(media_type=media_type, digest=digest, size=len(data), platform=platform)
 
 
 def _check_python(lock: str, base: BaseImage) -> None:

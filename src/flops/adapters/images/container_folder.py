@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flops.adapters.images.layout import ImageLayout
+from flops.adapters.images.stored_image import store
 from flops.core.ids import Digest
 from flops.core.images import MANIFEST, Descriptor, Manifest, manifest_bytes, read_config, read_manifest
 from flops.errors import ErrorCode, FlopsError
@@ -47,7 +48,7 @@ def lay_out(
             copy_blob(part.digest, blobs, copies)
         # Written anew: buildah takes no manifest of Docker's kind out of a layout.
         data = manifest_bytes(manifest.config, manifest.layers)
-        layout.put(str(number), Descriptor(media_type=MANIFEST, digest=copies.put(data), size=len(data)))
+        layout.put(str(number), store(copies, data, MANIFEST))
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)

@@ -17,6 +17,7 @@ from flops.adapters.images.container_folder import (
 )
 from flops.adapters.images.folder_content import files_in, fingerprint
 from flops.adapters.images.layer_cache import LayerCache, key_of
+from flops.adapters.images.stored_image import store
 from flops.core.dockerfile import NAMES, Dockerfile, base_reference, read_dockerfile
 from flops.core.ids import Digest
 from flops.core.image_reference import DIGEST, ImageReference
@@ -87,8 +88,7 @@ class DockerfileImages:
         for platform in platforms:
             self._check(recipe, file.name, platform)
         images = [self._image(repository, recipe, platform, report) for platform in platforms]
-        data = index_bytes(images)
-        return Descriptor(media_type=INDEX, digest=self._blobs.put(data), size=len(data))
+        return store(self._blobs, index_bytes(images), INDEX)
 
     def _check(self, recipe: Dockerfile, name: str, platform: Platform) -> None:
         if other := [asked for asked in recipe.platforms if asked != platform]:
@@ -154,10 +154,7 @@ class DockerfileImages:
         for part in (*layers, config):
             if not self._blobs.has(part.digest):
                 copy_blob(part.digest, source, self._blobs)
-        data = manifest_bytes(config, layers)
-        manifest = Descriptor(
-            media_type=MANIFEST, digest=self._blobs.put(data), size=len(data), platform=platform
-        )
+        manifest = store(self._blobs, manifest_bytes(config, layers), MANIFEST, platform)
         return PlatformImage(manifest=manifest, parts=(*(layer.digest for layer in layers), config.digest))
 
 

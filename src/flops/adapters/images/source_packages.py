@@ -15,19 +15,11 @@ from pathlib import Path, PurePosixPath
 from flops.adapters.images.container_folder import OpenLayout, lay_out, layers_of, made_image
 from flops.adapters.images.layer_cache import LayerCache, key_of
 from flops.adapters.images.layer_file import ChunkFile, pack_layer
+from flops.adapters.images.stored_image import store_image
 from flops.adapters.uv_program import UvProgram, uv_error
 from flops.command import stop_if_needless
 from flops.core.ids import Digest
-from flops.core.images import (
-    CONFIG,
-    MANIFEST,
-    BaseImage,
-    Descriptor,
-    ImageRun,
-    Layer,
-    config_bytes,
-    manifest_bytes,
-)
+from flops.core.images import BaseImage, ImageRun, Layer
 from flops.core.platforms import Platform
 from flops.core.resolution import locked_versions
 from flops.durable_file import file_error
@@ -112,7 +104,9 @@ class SourcePackages:
 
         def make(notes: Path, descriptor: int) -> Layer:
             report(f"{names}: built from source for {base.platform}, as there is no wheel.")
-            root, folder, image = notes / "root", notes / "build", _image_of(base, blobs)
+            root, folder = notes / "root", notes / "build"
+            run = ImageRun(env=base.env, user="0:0", work_dir="/")
+            image = store_image(blobs, base.platform, base.layers, run)
             try:
                 root.mkdir()
                 folder.mkdir()
@@ -193,14 +187,6 @@ def _uv_file(environ: Mapping[str, str]) -> str | None:
     """The configuration that uv reads here."""
     folder = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME", "/nonexistent"), ".config"))
     return environ.get(_CONFIGURATION) or str(Path(folder, "uv", "uv.toml"))
-
-
-def _image_of(base: BaseImage, blobs: ImageBlobs) -> Descriptor:
-    run = ImageRun(env=base.env, user="0:0", work_dir="/")
-    config = config_bytes(base.platform, base.layers, run)
-    described = Descriptor(media_type=CONFIG, digest=blobs.put(config), size=len(config))
-    data = manifest_bytes(described, [layer.blob for layer in base.layers])
-    return Descriptor(media_type=MANIFEST, digest=blobs.put(data), size=len(data), platform=base.platform)
 
 
 def _unpack(blobs: ImageBlobs, digest: Digest, folder: Path) -> None:
