@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from flops.cli.given_file import read_given
 from flops.errors import ErrorCode, FlopsError
 
 CONNECTION_FILE = "connection.json"  # in the home: what `flops connect` keeps
@@ -148,30 +149,20 @@ def read_token(path: Path) -> str:
     Raises:
         FlopsError: ``file_unreadable``.
     """
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
-        raise FlopsError(
-            ErrorCode.FILE_UNREADABLE,
-            f"The admin token cannot be read from {path}: {reason}.",
-            hint="Name its file with --token-file or FLOPS_TOKEN_FILE; `flops up` printed where it is.",
-        ) from exc
+    failure = f"The admin token cannot be read from {path}"
+    hint = "Name its file with --token-file or FLOPS_TOKEN_FILE; `flops up` printed where it is."
+    token = read_given(path, failure, hint).strip()
     if not token or not token.isascii() or not token.isprintable():
         raise FlopsError(ErrorCode.FILE_UNREADABLE, f"{path} holds no token.")
     return token
 
 
 def _read_authority(path: Path | None) -> str:
-    try:
-        return "" if path is None else path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
-        raise FlopsError(
-            ErrorCode.FILE_UNREADABLE,
-            f"The certificate of the authority cannot be read from {path}: {reason}.",
-            hint="Name a copy of `control/authority.crt` with --authority-file or FLOPS_AUTHORITY_FILE.",
-        ) from exc
+    if path is None:
+        return ""
+    failure = f"The certificate of the authority cannot be read from {path}"
+    hint = "Name a copy of `control/authority.crt` with --authority-file or FLOPS_AUTHORITY_FILE."
+    return read_given(path, failure, hint, encoding="ascii")
 
 
 def refuse_plain(url: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flops.cli.given_file import read_given
 from flops.cli.output import (
     FormatOption,
     OutputFormat,
@@ -250,17 +251,11 @@ def _local_address(folder: Path) -> str:
 
 
 def _read_token(path: Path) -> str:
-    try:
-        found = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
-        raise FlopsError(
-            ErrorCode.FILE_UNREADABLE,
-            f"The token file {path} cannot be read: {reason}.",
-            hint="Name a file with a token of the data server with --token-file; `flops data token` makes "
-            "one on the machine of the node.",
-        ) from exc
-    return found
+    hint = (
+        "Name a file with a token of the data server with --token-file; `flops data token` makes "
+        "one on the machine of the node."
+    )
+    return read_given(path, f"The token file {path} cannot be read", hint).strip()
 
 
 def _show_description(found: TagDescription) -> None:
