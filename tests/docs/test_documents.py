@@ -217,6 +217,7 @@ def test_no_row_explains_a_setting_that_is_gone() -> None:
 
 def test_every_endpoint_is_explained() -> None:
     from flops.manager.app import build_app
+    from flops.testing.one_cluster import OneCluster
     from flops.testing.projects import played_cluster
     from flops.wire.rest import ControlStatus
 
@@ -224,7 +225,14 @@ def test_every_endpoint_is_explained() -> None:
         raise NotImplementedError
 
     with played_cluster() as cluster:
-        app = build_app(cluster.engine, token="t", status=status, blobs=cluster.blobs, images=cluster.shelf())
+        app = build_app(
+            cluster.engine,
+            token="t",
+            status=status,
+            blobs=cluster.blobs,
+            images=cluster.shelf(),
+            clusters=OneCluster(),
+        )
         paths = app.openapi()["paths"]
     endpoints = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert endpoints == {key for key in rows("api.md") if re.match(r"(GET|POST|PUT|DELETE) ", key)}

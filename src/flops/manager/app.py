@@ -16,7 +16,7 @@ from starlette.routing import compile_path
 from flops import __version__
 from flops.core.sla import MockDataSla, ProjectSla
 from flops.errors import ErrorCode, FlopsError
-from flops.manager.cluster_routes import ClusterDesk, OneCluster, build_cluster_routes
+from flops.manager.cluster_routes import ClusterDesk, build_cluster_routes
 from flops.manager.engine import Engine
 from flops.manager.gate import Gate, error_response
 from flops.manager.images import ImageShelf
@@ -36,7 +36,7 @@ def build_app(
     status: Callable[[], ControlStatus],
     blobs: BlobStreams,
     images: ImageShelf,
-    clusters: ClusterDesk | None = None,
+    clusters: ClusterDesk,
     authority: str = "",
 ) -> FastAPI:
     """Build the REST application.
@@ -48,7 +48,7 @@ def build_app(
         status: tells the state of the control plane; quick, and called on several threads.
         blobs: take the datasets that users send along.
         images: those in the registry.
-        clusters: those that have joined, and how others join; None for no further ones.
+        clusters: those that have joined, and how others join.
         authority: certificate that the manager is known by, PEM; "" when there is none of our own.
     """
     app = FastAPI(
@@ -66,7 +66,7 @@ def build_app(
         return Message(message="ok")
 
     app.include_router(build_routes(engine, status, blobs, images))
-    app.include_router(build_cluster_routes(engine, clusters or OneCluster()))
+    app.include_router(build_cluster_routes(engine, clusters))
     app.include_router(build_authority(authority))
     _describe(app)
 

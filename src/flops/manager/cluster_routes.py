@@ -6,9 +6,8 @@ from typing import Annotated, Protocol
 
 from fastapi import APIRouter, Query
 
-from flops.core.clusters import DEFAULT_CLUSTER, Cluster
+from flops.core.clusters import Cluster
 from flops.core.federation import summarize
-from flops.errors import ErrorCode, FlopsError
 from flops.manager.engine import Engine
 from flops.wire.rest import (
     ClusterInvitationMade,
@@ -50,26 +49,6 @@ class ClusterDesk(Protocol):
             FlopsError: ``conflict`` where nothing is encrypted, or there is such a cluster; ``usage``.
         """
         ...
-
-
-class OneCluster:
-    """A `ClusterDesk` of a manager whose cluster nobody joins by a token."""
-
-    def all(self) -> list[Cluster]:
-        """The manager's own cluster."""
-        return [Cluster(name=DEFAULT_CLUSTER, is_connected=True)]
-
-    def remove(self, name: str, *, is_forced: bool = False) -> Cluster:
-        """Refuse it: see `ClusterDesk`."""
-        raise FlopsError(ErrorCode.CLUSTER_NOT_FOUND, f"There is no cluster {name[:80]!r} to remove.")
-
-    def invite(self, wanted: InvitationRequest) -> InvitationMade:
-        """Refuse it: see `ClusterDesk`."""
-        raise FlopsError(ErrorCode.CONFLICT, "Nodes join this cluster without a token.")
-
-    def invite_cluster(self, name: str, wanted: ClusterInvitationRequest) -> ClusterInvitationMade:
-        """Refuse it: see `ClusterDesk`."""
-        raise FlopsError(ErrorCode.CONFLICT, "Clusters join this one without a token.")
 
 
 def build_cluster_routes(engine: Engine, desk: ClusterDesk) -> APIRouter:

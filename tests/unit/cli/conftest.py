@@ -15,6 +15,7 @@ from flops.adapters.http_server import HttpServer
 from flops.cli.flops import main
 from flops.manager.app import build_app
 from flops.retention_ports import RegisteredImages
+from flops.testing.one_cluster import OneCluster
 from flops.testing.projects import PlayedCluster, played_cluster
 from flops.wire.rest import ControlStatus
 
@@ -63,6 +64,7 @@ class Manager:
             status=self.status,
             blobs=self.cluster.blobs,
             images=self.cluster.shelf(self.images),
+            clusters=OneCluster(),
             authority=self.authority,
         )
         self._server = HttpServer(app, "127.0.0.1", self.port, tls=self.tls)

@@ -18,6 +18,7 @@ from flops.core.output import Output
 from flops.core.project import Stage
 from flops.errors import CATALOGUE, ErrorCode
 from flops.manager.app import build_app
+from flops.testing.one_cluster import OneCluster
 from flops.testing.projects import PlayedCluster, played_cluster, raw_sla
 from flops.testing.waiting import until
 from flops.wire.rest import ControlStatus, ErrorBody
@@ -84,7 +85,12 @@ class Api:
     def __init__(self, cluster: PlayedCluster) -> None:
         self.cluster = cluster
         app = build_app(
-            cluster.engine, token=TOKEN, status=_status, blobs=cluster.blobs, images=cluster.shelf()
+            cluster.engine,
+            token=TOKEN,
+            status=_status,
+            blobs=cluster.blobs,
+            images=cluster.shelf(),
+            clusters=OneCluster(),
         )
         self.server = HttpServer(app, "127.0.0.1", 0)
         self.server.start()

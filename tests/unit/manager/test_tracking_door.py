@@ -17,6 +17,7 @@ from starlette.routing import Route
 from flops.adapters.http_server import HttpServer
 from flops.manager.app import build_app
 from flops.manager.tracking_door import TrackingDoor
+from flops.testing.one_cluster import OneCluster
 from flops.testing.projects import played_cluster
 from flops.wiring.tracking_proxy import with_tracking
 
@@ -57,6 +58,7 @@ def served() -> Iterator[str]:
             status=lambda: pytest.fail("not asked for"),
             blobs=cluster.blobs,
             images=cluster.shelf(),
+            clusters=OneCluster(),
         )
         join = with_tracking(api, f"http://127.0.0.1:{behind.port}", lambda a, t: TrackingDoor(a, t, TOKEN))
         manager = HttpServer(join, "127.0.0.1", 0)
