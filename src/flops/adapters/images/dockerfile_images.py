@@ -129,7 +129,7 @@ class DockerfileImages:
         """Which image a name leads to; what it led to the last time while the registry is away."""
         if reference.digest is not None:
             return reference
-        record = self._root / f"from-{hashlib.sha256(str(reference).encode()).hexdigest()}"
+        record = self._root / f"{hashlib.sha256(str(reference).encode()).hexdigest()}.from"
         try:
             digest = self._registry.find(reference).digest
         except FlopsError as exc:
