@@ -200,7 +200,7 @@ def test_a_learner_whose_machine_is_cut_off_is_lost_and_takes_part_again(lab: La
 def test_training_goes_on_while_the_aggregators_machine_is_cut_off_from_the_control_plane(
     lab: Lab, direction: str
 ) -> None:
-    with Trial(lab, rounds=40) as trial:
+    with Trial(lab, rounds=80) as trial:
         near, _ = trial.begin()
         home = lab.deployment.home / near
         before = trial.processes()
